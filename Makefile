@@ -1,0 +1,45 @@
+# Daily commands. Everything installs into .venv; PYTHON and TORCH choose the interpreter and the torch to install.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11'
+CUTLASS := nvidia-cutlass==4.2.0.0
+
+.PHONY: help install demo test gpu resources format clean
+help:
+	@echo "make demo | test | gpu | resources | format | clean"
+
+$(VENV)/requirements-installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)" $(BUILD_REQUIREMENTS)
+	$(PIP) install --quiet --no-deps $(CUTLASS)
+	touch $@
+
+# Editable, so that Python edits take effect at once; a second install compiles only the kernels that changed.
+install: $(VENV)/requirements-installed
+	$(PIP) install --quiet --no-build-isolation -e .
+
+demo: $(VENV)/requirements-installed
+	$(PIP) install --quiet --no-build-isolation -e '.[demo]'
+	$(VENV)/bin/python examples/train_language_model.py --out output/demo
+
+test: $(VENV)/requirements-installed
+	$(PIP) install --quiet --no-build-isolation -e '.[test,demo]'
+	$(VENV)/bin/python tools/resources.py
+	$(VENV)/bin/pytest
+
+# On a machine with a GPU, python3, torch, nvcc and ninja; no network needed. FLASH_EXT_WHEELS: a folder with CUTLASS's wheel.
+gpu:
+	$(PYTHON) tools/gpu_session.py --out output/gpu
+
+resources:
+	$(VENV)/bin/python tools/resources.py
+
+format:
+	$(PIP) install --quiet ruff clang-format
+	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(VENV)/bin/clang-format -i
+
+clean:
+	rm -rf build output *.egg-info flash_ext/*.so

@@ -1,0 +1,66 @@
+// Arithmetic shared by every kernel. Index arithmetic is constexpr on host and device.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FX_HOST_DEVICE __host__ __device__ __forceinline__
+#define FX_UNROLL _Pragma("unroll")
+#else
+#define FX_HOST_DEVICE inline
+#define FX_UNROLL
+#endif
+
+namespace flash_ext {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+template <class T>
+FX_HOST_DEVICE constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+template <class T>
+FX_HOST_DEVICE constexpr T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+FX_HOST_DEVICE constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+#ifdef __CUDACC__
+// 2^x in one MUFU; subnormal results become 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats rounded to nearest and packed, `low` in the low half.
+template <class Element>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+#endif
+
+}  // namespace flash_ext

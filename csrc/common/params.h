@@ -1,0 +1,61 @@
+// The structs that cross from host to device. Plain numbers and pointers; every pointer states its shape and dtype.
+// Strides are in elements; the innermost dimension is contiguous unless a comment says otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "common/scheduler.cuh"
+
+namespace flash_ext {
+
+struct RowStrides {
+  int64_t batch;
+  int64_t row;
+  int64_t head;
+};
+
+// The 128 bytes of a CUtensorMap, so that device code and tests need no driver header.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
+struct FwdParams {
+  const void* q;  // (batch, seqlen_q, num_heads, head_dim) bf16 or fp16; base and strides 16-byte multiples
+  const void* k;  // (batch, seqlen_k, num_heads_kv, head_dim), the same dtype
+  const void* v;  // (batch, seqlen_k, num_heads_kv, head_dim_v), the same dtype
+  void* out;      // (batch, seqlen_q, num_heads, head_dim_v), the same dtype
+  float* lse;     // (batch, num_heads, seqlen_q) contiguous, natural log; -inf where a row sees no key
+  RowStrides q_strides, k_strides, v_strides, out_strides;
+  int batch;
+  int num_heads;
+  int num_heads_kv;  // divides num_heads
+  int seqlen_q;
+  int seqlen_k;  // 0 is allowed
+  float softmax_scale;
+  int num_ctas;  // grid of a persistent kernel
+  // The kernel's launcher fills these in.
+  TensorMap q_map, k_map, v_map;
+  Schedule schedule;
+};
+
+// Row statistics of the backward are padded so that whole tiles of them can be copied in bulk.
+constexpr int kStatsRowAlignment = 128;
+
+struct BwdPreprocessParams {
+  const void* out;     // (batch, seqlen_q, num_heads, head_dim_v) bf16 or fp16, 16-byte aligned rows
+  const void* dout;    // the same
+  const float* lse;    // (batch, num_heads, seqlen_q) contiguous, natural log
+  const float* dlse;   // (batch, num_heads, seqlen_q) strided, or null: no gradient flows into lse
+  float* delta;        // (batch, num_heads, seqlen_q_rounded)
+  float* lse_log2;     // (batch, num_heads, seqlen_q_rounded)
+  RowStrides out_strides;
+  RowStrides dout_strides;
+  RowStrides dlse_strides;
+  int batch;
+  int num_heads;
+  int seqlen_q;
+  int seqlen_q_rounded;  // a multiple of kStatsRowAlignment
+  int head_dim_v;        // a multiple of 8
+};
+
+}  // namespace flash_ext

@@ -1,0 +1,17 @@
+// From a variant's name to the function that launches it. Defined by the generated launchers.cpp.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string_view>
+
+#include "common/params.h"
+
+namespace flash_ext {
+
+using BwdPreprocessLauncher = cudaError_t (*)(const BwdPreprocessParams&, cudaStream_t);
+
+// Null when this build holds no such variant.
+BwdPreprocessLauncher find_bwd_preprocess(std::string_view variant);
+
+}  // namespace flash_ext

@@ -1,0 +1,41 @@
+// PLAN: a pure function of the problem, the device and the compiled variants. The single place where an architecture is
+// chosen; the ops and flash_ext.explain both ask here. Makes no CUDA call, reads no device memory, never synchronises.
+#pragma once
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "host/device.h"
+#include "host/problem.h"
+
+namespace flash_ext {
+
+struct Rejection {
+  std::string backend;
+  std::vector<std::string> reasons;
+};
+
+struct FwdPlan {
+  std::string backend;               // "sm90", "sm80" or "reference"; empty when the backend asked for cannot run
+  const Variant* variant = nullptr;  // null for the reference
+  std::array<int64_t, 3> grid{};     // zero for the reference
+  int num_splits = 1;
+  int64_t workspace_bytes = 0;
+  std::vector<std::string> copies;  // tensors copied because 16-byte accesses cannot read them where they lie
+  std::vector<Rejection> rejected;  // every other candidate, in the order tried
+
+  // "sm90: reason, reason; sm80: reason"
+  std::string rejections_as_text() const;
+};
+
+FwdPlan plan_fwd(const FwdProblem& problem, const DeviceInfo& device);
+
+// The same question for the backward: today every gradient comes from the reference.
+FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device);
+
+// The variant of the backward's first step, or null when this build or device has none.
+const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device);
+
+}  // namespace flash_ext

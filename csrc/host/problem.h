@@ -1,0 +1,45 @@
+// The problem of one call as plain numbers: no torch, no CUDA, so that the planner can be tested anywhere.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "host/registry.h"
+
+namespace flash_ext {
+
+// A (batch, seqlen, num_heads, head_dim) tensor without its data; strides in elements.
+struct TensorLayout {
+  std::array<int64_t, 4> sizes{};
+  std::array<int64_t, 4> strides{};
+  bool base_aligned = true;  // the first element lies on a 16-byte boundary
+};
+
+struct FwdProblem {
+  ScalarType dtype{};
+  TensorLayout q, k, v;
+  bool causal = false;
+  int64_t window_left = -1;   // -1: unbounded
+  int64_t window_right = -1;  // -1: unbounded
+  double softmax_scale = 1.0;
+  double softcap = 0.0;  // 0: off
+  std::string backend;   // empty: the planner chooses
+
+  int64_t batch() const { return q.sizes[0]; }
+  int64_t seqlen_q() const { return q.sizes[1]; }
+  int64_t seqlen_k() const { return k.sizes[1]; }
+  int64_t num_heads() const { return q.sizes[2]; }
+  int64_t num_heads_kv() const { return k.sizes[2]; }
+  int64_t head_dim() const { return q.sizes[3]; }
+  int64_t head_dim_v() const { return v.sizes[3]; }
+};
+
+int element_size(ScalarType dtype);
+const char* dtype_name(ScalarType dtype);
+
+// Whether 16-byte accesses and TMA can read the tensor where it lies. Strides of dimensions of size 1 do not matter;
+// stride 0 (an expanded tensor) is fine.
+bool rows_are_16_byte_aligned(const TensorLayout& layout, ScalarType dtype);
+
+}  // namespace flash_ext

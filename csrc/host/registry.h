@@ -1,0 +1,27 @@
+// The compiled variants as data: what the planner chooses from. Defined by the generated variant_table.cpp.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+
+namespace flash_ext {
+
+enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+enum class Op : uint8_t { k_fwd, k_bwd_preprocess };
+
+struct Variant {
+  const char* name;
+  Op op;
+  int arch;  // 80 or 90: the lowest architecture that runs it, and the group it was compiled in
+  ScalarType dtype;
+  int head_dim;    // the largest covered
+  int head_dim_v;  // the largest covered
+  int block_m;
+  int block_n;
+};
+
+std::span<const Variant> variants();
+
+}  // namespace flash_ext

@@ -1,0 +1,129 @@
+// `flash_ext._host`: introspection and tests. Never on the path of a call, needs neither CUDA nor LibTorch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "host/plan.h"
+
+namespace py = pybind11;
+
+namespace flash_ext {
+namespace {
+
+#ifndef FLASH_EXT_BUILD_INFO
+#error "the build defines FLASH_EXT_BUILD_INFO, a JSON object"
+#endif
+
+const std::pair<const char*, ScalarType> kDtypes[] = {{"float16", ScalarType::kFloat16},
+                                                      {"bfloat16", ScalarType::kBFloat16},
+                                                      {"float32", ScalarType::kFloat32},
+                                                      {"float64", ScalarType::kFloat64}};
+
+ScalarType dtype_from_name(const std::string& name) {
+  for (const auto& [known, dtype] : kDtypes) {
+    if (name == known) return dtype;
+  }
+  throw std::invalid_argument("unknown dtype '" + name + "'");
+}
+
+// (sizes, strides, base_aligned)
+using PyLayout = std::tuple<std::array<int64_t, 4>, std::array<int64_t, 4>, bool>;
+
+TensorLayout layout_from_python(const PyLayout& layout) {
+  return {.sizes = std::get<0>(layout), .strides = std::get<1>(layout), .base_aligned = std::get<2>(layout)};
+}
+
+py::dict plan_to_python(const FwdPlan& plan) {
+  py::dict rejected;
+  for (const Rejection& rejection : plan.rejected) rejected[rejection.backend.c_str()] = rejection.reasons;
+  py::dict result;
+  result["backend"] = plan.backend;
+  result["variant"] = plan.variant ? plan.variant->name : "";
+  result["tile"] = plan.variant ? std::make_pair(plan.variant->block_m, plan.variant->block_n)
+                                : std::make_pair(0, 0);
+  result["grid"] = py::make_tuple(plan.grid[0], plan.grid[1], plan.grid[2]);
+  result["num_splits"] = plan.num_splits;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["copies"] = plan.copies;
+  result["rejected"] = rejected;
+  result["rejections_as_text"] = plan.rejections_as_text();
+  return result;
+}
+
+FwdProblem problem_from_python(const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
+                               double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                               double softcap, const std::string& backend) {
+  return {.dtype = dtype_from_name(dtype),
+          .q = layout_from_python(q),
+          .k = layout_from_python(k),
+          .v = layout_from_python(v),
+          .causal = causal,
+          .window_left = window_left,
+          .window_right = causal ? 0 : window_right,
+          .softmax_scale = softmax_scale,
+          .softcap = softcap,
+          .backend = backend};
+}
+
+template <FwdPlan (*plan)(const FwdProblem&, const DeviceInfo&)>
+void bind_plan(py::module_& m, const char* name, const char* doc) {
+  m.def(
+      name,
+      [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
+         double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+         const std::string& backend) {
+        return plan_to_python(plan(problem_from_python(dtype, q, k, v, softmax_scale, causal, window_left, window_right,
+                                                       softcap, backend),
+                                   device_info_from_name(device)));
+      },
+      doc, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"),
+      py::arg("softmax_scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
+      py::arg("backend"));
+}
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "What was compiled, and what the planner would choose: introspection of flash_ext without a GPU.";
+  m.attr("build_info_json") = FLASH_EXT_BUILD_INFO;
+
+  m.def(
+      "variants",
+      [] {
+        py::list rows;
+        for (const Variant& variant : variants()) {
+          py::dict row;
+          row["name"] = variant.name;
+          row["op"] = variant.op == Op::k_fwd ? "fwd" : "bwd_preprocess";
+          row["arch"] = variant.arch;
+          row["dtype"] = dtype_name(variant.dtype);
+          row["head_dim"] = variant.head_dim;
+          row["head_dim_v"] = variant.head_dim_v;
+          row["tile"] = py::make_tuple(variant.block_m, variant.block_n);
+          rows.append(row);
+        }
+        return rows;
+      },
+      "The compiled variants, one dict a row of csrc/variants.py.");
+
+  m.def(
+      "device_info",
+      [](const std::string& name) {
+        const DeviceInfo info = device_info_from_name(name);
+        return std::make_tuple(info.arch, info.num_sms, info.smem_bytes);
+      },
+      "(architecture, SMs, shared memory a CTA may opt in to) of a named device such as 'sm90:132'.", py::arg("name"));
+
+  bind_plan<plan_fwd>(m, "plan_fwd", "The plan of a forward call. Layouts are (sizes, strides in elements, base_aligned).");
+  bind_plan<plan_bwd>(m, "plan_bwd", "The plan of a backward call; arguments as plan_fwd.");
+
+  m.def(
+      "plan_bwd_preprocess",
+      [](const std::string& device, const std::string& dtype, int64_t head_dim_v) -> std::string {
+        const Variant* variant =
+            plan_bwd_preprocess(dtype_from_name(dtype), head_dim_v, device_info_from_name(device));
+        return variant ? variant->name : "";
+      },
+      "The variant of the backward's first step, '' when there is none.", py::kw_only(), py::arg("device"),
+      py::arg("dtype"), py::arg("head_dim_v"));
+}
+
+}  // namespace
+}  // namespace flash_ext

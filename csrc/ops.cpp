@@ -1,0 +1,11 @@
+// Binds the op bodies to the dispatcher. The schemas stand in flash_ext/ops.py, because the ops exist without this
+// library too (CPU-only installs). FLASH_EXT_DISPATCH_KEY: CUDA, or CPU in the emulated build.
+#include <torch/csrc/stable/library.h>
+
+#include "host/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(flash_ext, FLASH_EXT_DISPATCH_KEY, library) {
+  library.impl("fwd", TORCH_BOX(&flash_ext::fwd));
+  library.impl("bwd", TORCH_BOX(&flash_ext::bwd));
+  library.impl("bwd_preprocess", TORCH_BOX(&flash_ext::bwd_preprocess));
+}

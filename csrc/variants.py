@@ -1,0 +1,205 @@
+"""The table of compiled variants, and the generator of the files that instantiate it.
+
+This is the only list of what is compiled. A variant's name is also the name of its kernel's entry point, so the same
+word stands in file names, profiler rows, ptxas reports and error messages. Nothing generated is committed.
+
+    python csrc/variants.py --list                     the names, one a line
+    python csrc/variants.py --out DIR                  write the generated files
+    FLASH_EXT_VARIANTS="bwd_preprocess_sm80_*"         build a subset: shell patterns, separated by commas
+
+Standard library only: setup.py imports it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+CXX_ELEMENT = {"bf16": "__nv_bfloat16", "fp16": "__half"}
+CXX_SCALAR_TYPE = {"bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16"}
+ARCHITECTURES = ("sm80", "sm90")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: one kernel entry.
+
+    arch is the group whose compiler flags the row is built with, and the lowest architecture that runs it: sm80 (SASS of
+    the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only).
+    head_dim and head_dim_v are the largest that the row covers. block_m and block_n are the tile (rows of queries, rows
+    of keys; 0 where there is none). config is the C++ type that the kernel template is instantiated with.
+    """
+
+    op: str
+    arch: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    header: str
+    config: str
+    mask: str = ""
+
+    @property
+    def name(self) -> str:
+        suffix = f"_{self.mask}" if self.mask else ""
+        return f"{self.op}_{self.arch}_{self.dtype}_d{self.head_dim_v}{suffix}"
+
+    @property
+    def unit(self) -> str:
+        """The translation unit that holds this row: rows of one kernel source, dtype and architecture together."""
+        return f"{self.op}_{self.arch}_{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the generated code needs to know of a kind of kernel: the C++ names it puts together."""
+
+    params: str
+    body: str
+    launch: str
+    launcher_type: str
+
+
+OPS = {
+    "bwd_preprocess": Op(
+        params="BwdPreprocessParams",
+        body="bwd_preprocess",
+        launch="launch_bwd_preprocess",
+        launcher_type="BwdPreprocessLauncher",
+    ),
+}
+
+
+def _bwd_preprocess() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd_preprocess",
+            arch=arch,
+            dtype=dtype,
+            head_dim=head_dim_v,
+            head_dim_v=head_dim_v,
+            block_m=256 * 8 // head_dim_v,
+            block_n=0,
+            header="common/bwd_preprocess.cuh",
+            config=f"BwdPreprocessConfig<{CXX_ELEMENT[dtype]}, {head_dim_v}>",
+        )
+        for arch, dtype, head_dim_v in product(ARCHITECTURES, ("bf16", "fp16"), (64, 128, 256))
+    ]
+
+
+VARIANTS: tuple[Variant, ...] = tuple(_bwd_preprocess())
+
+
+def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:
+    """The rows of these architectures that match FLASH_EXT_VARIANTS (or the pattern given)."""
+    pattern = os.environ.get("FLASH_EXT_VARIANTS", "") if pattern is None else pattern
+    patterns = [p.strip() for p in pattern.split(",") if p.strip()] or ["*"]
+    rows = [v for v in VARIANTS if any(fnmatch.fnmatch(v.name, p) for p in patterns)]
+    if not rows:
+        raise ValueError(f"FLASH_EXT_VARIANTS={pattern!r} matches none of: " + ", ".join(v.name for v in VARIANTS))
+    return [v for v in rows if v.arch in architectures]
+
+
+def units(rows: list[Variant]) -> dict[str, list[Variant]]:
+    grouped: dict[str, list[Variant]] = {}
+    for row in rows:
+        grouped.setdefault(row.unit, []).append(row)
+    return grouped
+
+
+def unit_source(rows: list[Variant]) -> str:
+    """A translation unit: the entry point and the launcher of each row."""
+    lines = [f'#include "{header}"' for header in sorted({row.header for row in rows})]
+    for row in rows:
+        op, config = OPS[row.op], f"{row.name}_config"
+        lines += [
+            "",
+            f"using {config} = flash_ext::{row.config};",
+            f"static_assert({config}::kBlockM == {row.block_m}, \"csrc/variants.py and {row.header} disagree\");",
+            f'extern "C" __global__ void __launch_bounds__({config}::kNumThreads, {config}::kMinBlocksPerSm)',
+            f"    {row.name}(const __grid_constant__ flash_ext::{op.params} params) {{",
+            f"  flash_ext::{op.body}<{config}>(params);",
+            "}",
+            "namespace flash_ext {",
+            f"cudaError_t launch_{row.name}(const {op.params}& params, cudaStream_t stream) {{",
+            f"  return {op.launch}<{config}>(&{row.name}, params, stream);",
+            "}",
+            "}  // namespace flash_ext",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def table_source(rows: list[Variant]) -> str:
+    """The rows as data, for the planner: no CUDA, so that it compiles anywhere."""
+    entries = [
+        f'    {{"{r.name}", Op::k_{r.op}, {r.arch[2:]}, {CXX_SCALAR_TYPE[r.dtype]}, {r.head_dim}, {r.head_dim_v}, '
+        f"{r.block_m}, {r.block_n}}},"
+        for r in rows
+    ]
+    return "\n".join(
+        [
+            '#include "host/registry.h"',
+            "namespace flash_ext {",
+            f"static const std::array<Variant, {len(rows)}> kVariants{{{{",
+            *entries,
+            "}};",
+            "std::span<const Variant> variants() { return kVariants; }",
+            "}  // namespace flash_ext",
+        ]
+    ) + "\n"
+
+
+def launchers_source(rows: list[Variant]) -> str:
+    """Name to launcher, one function for each kind of kernel."""
+    lines = ['#include "host/launchers.h"', "namespace flash_ext {"]
+    for name, op in OPS.items():
+        mine = [r for r in rows if r.op == name]
+        lines += [f"cudaError_t launch_{r.name}(const {op.params}&, cudaStream_t);" for r in mine]
+        lines += [f"{op.launcher_type} find_{name}([[maybe_unused]] std::string_view variant) {{"]
+        lines += [f'  if (variant == "{r.name}") return launch_{r.name};' for r in mine]
+        lines += ["  return nullptr;", "}"]
+    return "\n".join([*lines, "}  // namespace flash_ext"]) + "\n"
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Leave the time stamp of an unchanged file alone, so that the build does not compile it again."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def generate(out: Path, rows: list[Variant]) -> dict[str, tuple[str, Path]]:
+    """Write every generated file below out; returns unit name -> (architecture, path of the unit)."""
+    written = {}
+    for unit, members in units(rows).items():
+        path = out / f"{unit}.cu"
+        write_if_changed(path, unit_source(members))
+        written[unit] = (members[0].arch, path)
+    write_if_changed(out / "variant_table.cpp", table_source(rows))
+    write_if_changed(out / "launchers.cpp", launchers_source(rows))
+    keep = {path for _, path in written.values()}
+    for stale in set(out.glob("*.cu")) - keep:
+        stale.unlink()
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="list the compiled variants, or write the files that instantiate them")
+    parser.add_argument("--list", action="store_true", help="print the names of the selected rows")
+    parser.add_argument("--out", type=Path, help="folder for the generated files")
+    arguments = parser.parse_args()
+    rows = select()
+    if arguments.list or arguments.out is None:
+        print("\n".join(row.name for row in rows))
+    if arguments.out is not None:
+        generate(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

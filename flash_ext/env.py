@@ -1,0 +1,30 @@
+"""Environment variables that change how flash_ext behaves, and the warning that one of them hardens.
+
+| variable | read | meaning |
+|---|---|---|
+| FLASH_EXT_STRICT | at each fallback | 1: a GPU call that no compiled kernel covers raises FallbackWarning as an error |
+
+Build-time variables stand in setup.py.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+class FallbackWarning(UserWarning):
+    """A call on a GPU runs on the reference because no compiled kernel covers it; raised once for each reason."""
+
+
+_reasons_already_given: set[str] = set()
+
+
+def warn_of_fallback(op: str, reason: str) -> None:
+    """Say once for each reason why a GPU call is slow; with FLASH_EXT_STRICT=1 raise it every time."""
+    message = f"{op} runs on the reference backend: {reason}"
+    if os.environ.get("FLASH_EXT_STRICT") == "1":
+        raise FallbackWarning(f"{message} (an error because FLASH_EXT_STRICT=1)")
+    if message not in _reasons_already_given:
+        _reasons_already_given.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=2)

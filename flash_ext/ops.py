@@ -1,0 +1,170 @@
+"""The ops: schemas, fake kernels, gradients, and the loading of the compiled library.
+
+| op | implemented by |
+|---|---|
+| flash_ext::fwd, flash_ext::bwd | CUDA: _C (plans, launches, or calls the reference op with the reasons); elsewhere: the reference |
+| flash_ext::reference_fwd, flash_ext::reference_bwd | flash_ext/reference.py on any device |
+| flash_ext::bwd_preprocess | CUDA: _C; elsewhere flash_ext/reference.py |
+
+The schemas stand here and not in the library, because the ops exist without it: an install without nvcc runs every
+call on the reference. An op called directly gives the same gradients as flash_ext.attention.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import env, reference
+
+STATS_ROW_ALIGNMENT = 128  # kStatsRowAlignment of csrc/common/params.h
+
+_SCORING = "float softmax_scale, bool causal, int window_left, int window_right, float softcap"
+_library = torch.library.Library("flash_ext", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    f"fwd(Tensor q, Tensor k, Tensor v, {_SCORING}, bool deterministic, str? backend) -> (Tensor out, Tensor lse)", tags=_tags
+)
+_library.define(
+    f"bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCORING}, bool deterministic, "
+    "str? backend) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_tags,
+)
+_library.define(f"reference_fwd(Tensor q, Tensor k, Tensor v, {_SCORING}, str reason) -> (Tensor out, Tensor lse)", tags=_tags)
+_library.define(
+    f"reference_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCORING}, "
+    "bool deterministic, str reason) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_tags,
+)
+_library.define("bwd_preprocess(Tensor out, Tensor dout, Tensor lse, Tensor? dlse) -> (Tensor delta, Tensor lse_log2)", tags=_tags)
+
+
+# --- the reference ops ---
+
+
+def _scoring(softmax_scale: float, causal: bool, window_left: int, window_right: int, softcap: float) -> reference.Scoring:
+    return reference.Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap)
+
+
+def _reference_fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, reason):
+    if reason:
+        env.warn_of_fallback("attention (forward)", reason)
+    return reference.forward(q, k, v, _scoring(softmax_scale, causal, window_left, window_right, softcap))
+
+
+def _reference_bwd(
+    dout, dlse, q, k, v, out, lse, softmax_scale, causal, window_left, window_right, softcap, deterministic, reason
+):  # fmt: skip
+    if reason:
+        env.warn_of_fallback("attention (backward)", reason)
+    scoring = _scoring(softmax_scale, causal, window_left, window_right, softcap)
+    return reference.backward(dout, dlse, q, k, v, out, lse, scoring)
+
+
+# --- fwd, bwd and bwd_preprocess where the compiled library does not serve the device ---
+
+
+def _reason_without_kernels(tensor: Tensor, backend: str | None) -> str:
+    if backend == "reference" or tensor.device.type != "cuda":
+        return ""
+    return f"the compiled kernels are not available: {library_error}"
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise ValueError(f"attention: backend '{backend}' cannot run this call; flash_ext.supported(...) lists the reasons")
+
+
+def _fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, deterministic, backend):
+    _check_backend(backend)
+    reason = _reason_without_kernels(q, backend)
+    return _reference_fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, reason)
+
+
+def _bwd(
+    dout, dlse, q, k, v, out, lse, softmax_scale, causal, window_left, window_right, softcap, deterministic, backend
+):  # fmt: skip
+    reason = _reason_without_kernels(q, backend)
+    return _reference_bwd(
+        dout, dlse, q, k, v, out, lse, softmax_scale, causal, window_left, window_right, softcap, deterministic, reason
+    )  # fmt: skip
+
+
+def _bwd_preprocess(out, dout, lse, dlse):
+    return reference.bwd_preprocess(out, dout, lse, dlse, STATS_ROW_ALIGNMENT)
+
+
+for _name, _implementation in (
+    ("fwd", _fwd),
+    ("bwd", _bwd),
+    ("reference_fwd", _reference_fwd),
+    ("reference_bwd", _reference_bwd),
+    ("bwd_preprocess", _bwd_preprocess),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+# --- fake kernels: shapes, dtypes and strides of the results ---
+
+
+def _fake_fwd(q, k, v, *_):
+    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=reference.accumulation_dtype(q.dtype))
+
+
+def _fake_bwd(dout, dlse, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _fake_bwd_preprocess(out, dout, lse, dlse):
+    rows = (out.shape[1] + STATS_ROW_ALIGNMENT - 1) // STATS_ROW_ALIGNMENT * STATS_ROW_ALIGNMENT
+    shape = (out.shape[0], out.shape[2], rows)
+    return lse.new_empty(shape), lse.new_empty(shape)
+
+
+for _name, _fake in (
+    ("fwd", _fake_fwd),
+    ("reference_fwd", _fake_fwd),
+    ("bwd", _fake_bwd),
+    ("reference_bwd", _fake_bwd),
+    ("bwd_preprocess", _fake_bwd_preprocess),
+):
+    torch.library.register_fake(f"flash_ext::{_name}", _fake, lib=_library)
+
+
+# --- the compiled library ---
+
+
+def library_path() -> Path | None:
+    """The compiled library beside this file, or None when flash_ext was installed without nvcc."""
+    for suffix in (".abi3.so", *importlib.machinery.EXTENSION_SUFFIXES):
+        path = Path(__file__).with_name(f"_C{suffix}")
+        if path.exists():
+            return path
+    return None
+
+
+def how_to_install() -> str:
+    """One sentence; a checkout's own folder hides an installed package from a Python started there."""
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "setup.py").exists():
+        return f"this is the checkout at {checkout}: pip install --no-build-isolation -e {checkout}, or start Python elsewhere"
+    return "install flash_ext again from its checkout: pip install --no-build-isolation ."
+
+
+def _load_library() -> str | None:
+    """Load _C; the reason why not, or None. Registers kernels with the CUDA runtime but does not initialise CUDA."""
+    path = library_path()
+    if path is None:
+        return "flash_ext was installed without an nvcc (python -m flash_ext says how to get the kernels)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} could not be loaded: {error}"
+    return None
+
+
+library_error = _load_library()
