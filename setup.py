@@ -26,14 +26,11 @@ sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "tools")]
 import toolchain  # noqa: E402
 import variants  # noqa: E402
 
-HOST_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers"]
 NVCC_FLAGS = [
-    "-std=c++20", "-O3", "--use_fast_math", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr",
+    "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "-Xptxas=-v,-warn-spills,-warn-lmem-usage", "--no-compress",
 ]  # fmt: skip
-# The oldest torch that the binary runs with: stable ABI, torch >= 2.10.
-STABLE_ABI_DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-OP_SOURCES = ["ops.cpp", "host/tensor.cpp", "host/problem.cpp", "host/plan.cpp", "host/device.cpp", "host/fwd.cpp", "host/bwd.cpp"]
+OP_SOURCES = ["ops.cpp", "host/tensor.cpp", "host/problem.cpp", "host/plan.cpp", "host/device.cpp", "host/tma.cpp", "host/fwd.cpp", "host/bwd.cpp"]
 HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/problem.cpp"]
 
 
@@ -122,7 +119,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             generated / "build_info.h", f"#define FLASH_EXT_BUILD_INFO {json.dumps(json.dumps(info))}\n"
         )
         pybind = next(p for p in cpp_extension.include_paths() if (Path(p) / "pybind11" / "pybind11.h").exists())
-        flags = quote([*HOST_FLAGS, f"-I{ROOT / 'csrc'}", f"-I{generated}", "-isystem", pybind, "-isystem", sysconfig.get_path("include"),
+        flags = quote([*toolchain.HOST_FLAGS, f"-I{ROOT / 'csrc'}", f"-I{generated}", "-isystem", pybind, "-isystem", sysconfig.get_path("include"),
                        "-include", str(generated / "build_info.h")])  # fmt: skip
         sources = [ROOT / "csrc" / s for s in HOST_MODULE_SOURCES] + [generated / "variant_table.cpp"]
         objects = [ninja.edge("cxx", ninja.folder / "host_module" / f"{s.stem}.o", [s], flags) for s in sources]
@@ -138,7 +135,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             for unit, (arch, path) in kernel_units.items()
         ]
         torch_includes = [part for path in cpp_extension.include_paths() for part in ("-isystem", path)]
-        flags = quote([*HOST_FLAGS, *STABLE_ABI_DEFINES, "-DFLASH_EXT_DISPATCH_KEY=CUDA", f"-I{ROOT / 'csrc'}", *torch_includes,
+        flags = quote([*toolchain.HOST_FLAGS, *toolchain.STABLE_ABI_DEFINES, "-DFLASH_EXT_DISPATCH_KEY=CUDA", f"-I{ROOT / 'csrc'}", *torch_includes,
                        "-isystem", str(cuda.include)])  # fmt: skip
         sources = [ROOT / "csrc" / s for s in OP_SOURCES] + [generated / n for n in ("variant_table.cpp", "launchers.cpp")]
         objects += [ninja.edge("cxx", ninja.folder / "ops" / f"{s.stem}.o", [s], flags) for s in sources]

@@ -25,13 +25,39 @@ ARCHITECTURES = ("sm80", "sm90")
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A kernel source: its header and the C++ names that the generated code puts together (in namespace flash_ext)."""
+
+    op: str
+    header: str
+    params: str
+    body: str
+    launch: str
+
+
+KERNELS = {
+    ("fwd", "sm90"): Kernel("fwd", "sm90/fwd.cuh", "FwdParams", "sm90::flash_fwd_sm90", "sm90::launch_fwd"),
+    **{
+        ("bwd_preprocess", arch): Kernel(
+            "bwd_preprocess", "common/bwd_preprocess.cuh", "BwdPreprocessParams", "bwd_preprocess", "launch_bwd_preprocess"
+        )
+        for arch in ARCHITECTURES
+    },
+}
+
+# One look-up function for each op in host/launchers.h: op -> (type of the launcher, params).
+LAUNCHERS = {"fwd": ("FwdLauncher", "FwdParams"), "bwd_preprocess": ("BwdPreprocessLauncher", "BwdPreprocessParams")}
+
+
+@dataclass(frozen=True)
 class Variant:
     """One row: one kernel entry.
 
     arch is the group whose compiler flags the row is built with, and the lowest architecture that runs it: sm80 (SASS of
     the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only).
-    head_dim and head_dim_v are the largest that the row covers. block_m and block_n are the tile (rows of queries, rows
-    of keys; 0 where there is none). config is the C++ type that the kernel template is instantiated with.
+    head_dim and head_dim_v are what the row covers: exactly (fwd), or up to (bwd_preprocess). mask is the policy, '' where
+    there is none. block_m and block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the
+    C++ type that the kernel template is instantiated with.
     """
 
     op: str
@@ -39,41 +65,52 @@ class Variant:
     dtype: str
     head_dim: int
     head_dim_v: int
+    mask: str
     block_m: int
     block_n: int
-    header: str
     config: str
-    mask: str = ""
 
     @property
     def name(self) -> str:
-        suffix = f"_{self.mask}" if self.mask else ""
-        return f"{self.op}_{self.arch}_{self.dtype}_d{self.head_dim_v}{suffix}"
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
+        return "_".join(filter(None, (self.op, self.arch, self.dtype, dims, self.mask)))
 
     @property
     def unit(self) -> str:
         """The translation unit that holds this row: rows of one kernel source, dtype and architecture together."""
         return f"{self.op}_{self.arch}_{self.dtype}"
 
-
-@dataclass(frozen=True)
-class Op:
-    """What the generated code needs to know of a kind of kernel: the C++ names it puts together."""
-
-    params: str
-    body: str
-    launch: str
-    launcher_type: str
+    @property
+    def kernel(self) -> Kernel:
+        return KERNELS[self.op, self.arch]
 
 
-OPS = {
-    "bwd_preprocess": Op(
-        params="BwdPreprocessParams",
-        body="bwd_preprocess",
-        launch="launch_bwd_preprocess",
-        launcher_type="BwdPreprocessLauncher",
-    ),
+# The tile of each forward row; sm90/fwd.cuh (FwdTile) holds the same numbers and a static_assert compares them.
+FWD_SM90_TILES = {
+    (64, "full"): (192, 128),
+    (64, "causal"): (192, 128),
+    (128, "full"): (128, 176),
+    (128, "causal"): (128, 128),
 }
+CXX_MASK = {"full": "FullMask", "causal": "CausalMask"}
+
+
+def _fwd_sm90() -> list[Variant]:
+    return [
+        Variant(
+            op="fwd",
+            arch="sm90",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            mask=mask,
+            block_m=tile[0],
+            block_n=tile[1],
+            config=f"sm90::FwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, flash_ext::{CXX_MASK[mask]}>",
+        )
+        for dtype in ("bf16", "fp16")
+        for (head_dim, mask), tile in FWD_SM90_TILES.items()
+    ]
 
 
 def _bwd_preprocess() -> list[Variant]:
@@ -84,16 +121,16 @@ def _bwd_preprocess() -> list[Variant]:
             dtype=dtype,
             head_dim=head_dim_v,
             head_dim_v=head_dim_v,
+            mask="",
             block_m=256 * 8 // head_dim_v,
             block_n=0,
-            header="common/bwd_preprocess.cuh",
             config=f"BwdPreprocessConfig<{CXX_ELEMENT[dtype]}, {head_dim_v}>",
         )
         for arch, dtype, head_dim_v in product(ARCHITECTURES, ("bf16", "fp16"), (64, 128, 256))
     ]
 
 
-VARIANTS: tuple[Variant, ...] = tuple(_bwd_preprocess())
+VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_bwd_preprocess())
 
 
 def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:
@@ -115,20 +152,21 @@ def units(rows: list[Variant]) -> dict[str, list[Variant]]:
 
 def unit_source(rows: list[Variant]) -> str:
     """A translation unit: the entry point and the launcher of each row."""
-    lines = [f'#include "{header}"' for header in sorted({row.header for row in rows})]
+    lines = [f'#include "{header}"' for header in sorted({row.kernel.header for row in rows})]
     for row in rows:
-        op, config = OPS[row.op], f"{row.name}_config"
+        kernel, config = row.kernel, f"{row.name}_config"
+        tile = f"{config}::kBlockM == {row.block_m}" + (f" && {config}::kBlockN == {row.block_n}" if row.block_n else "")
         lines += [
             "",
             f"using {config} = flash_ext::{row.config};",
-            f"static_assert({config}::kBlockM == {row.block_m}, \"csrc/variants.py and {row.header} disagree\");",
+            f'static_assert({tile}, "csrc/variants.py and {kernel.header} disagree");',
             f'extern "C" __global__ void __launch_bounds__({config}::kNumThreads, {config}::kMinBlocksPerSm)',
-            f"    {row.name}(const __grid_constant__ flash_ext::{op.params} params) {{",
-            f"  flash_ext::{op.body}<{config}>(params);",
+            f"    {row.name}(const __grid_constant__ flash_ext::{kernel.params} params) {{",
+            f"  flash_ext::{kernel.body}<{config}>(params);",
             "}",
             "namespace flash_ext {",
-            f"cudaError_t launch_{row.name}(const {op.params}& params, cudaStream_t stream) {{",
-            f"  return {op.launch}<{config}>(&{row.name}, params, stream);",
+            f"cudaError_t launch_{row.name}(const {kernel.params}& params, cudaStream_t stream) {{",
+            f"  return {kernel.launch}<{config}>(&{row.name}, params, stream);",
             "}",
             "}  // namespace flash_ext",
         ]
@@ -139,7 +177,7 @@ def table_source(rows: list[Variant]) -> str:
     """The rows as data, for the planner: no CUDA, so that it compiles anywhere."""
     entries = [
         f'    {{"{r.name}", Op::k_{r.op}, {r.arch[2:]}, {CXX_SCALAR_TYPE[r.dtype]}, {r.head_dim}, {r.head_dim_v}, '
-        f"{r.block_m}, {r.block_n}}},"
+        f"Mask::k_{r.mask or 'none'}, {r.block_m}, {r.block_n}}},"
         for r in rows
     ]
     return "\n".join(
@@ -156,12 +194,12 @@ def table_source(rows: list[Variant]) -> str:
 
 
 def launchers_source(rows: list[Variant]) -> str:
-    """Name to launcher, one function for each kind of kernel."""
+    """Name to launcher, one function for each op."""
     lines = ['#include "host/launchers.h"', "namespace flash_ext {"]
-    for name, op in OPS.items():
-        mine = [r for r in rows if r.op == name]
-        lines += [f"cudaError_t launch_{r.name}(const {op.params}&, cudaStream_t);" for r in mine]
-        lines += [f"{op.launcher_type} find_{name}([[maybe_unused]] std::string_view variant) {{"]
+    for op, (launcher_type, params) in LAUNCHERS.items():
+        mine = [r for r in rows if r.op == op]
+        lines += [f"cudaError_t launch_{r.name}(const {params}&, cudaStream_t);" for r in mine]
+        lines += [f"{launcher_type} find_{op}([[maybe_unused]] std::string_view variant) {{"]
         lines += [f'  if (variant == "{r.name}") return launch_{r.name};' for r in mine]
         lines += ["  return nullptr;", "}"]
     return "\n".join([*lines, "}  // namespace flash_ext"]) + "\n"

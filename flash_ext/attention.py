@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .arguments import check_arguments
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to the autocast dtype."""
-    if not torch.is_autocast_enabled(q.device.type):
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
 
 
@@ -61,14 +63,15 @@ def attention(
     Raises:
         TypeError: an argument has a wrong Python type.
         ValueError: a wrong shape, dtype, stride, layout, device or value; every violated rule in one message.
-        NotImplementedError: inside torch.func transforms, and for a second derivative.
+        NotImplementedError: inside torch.func transforms, in forward-mode differentiation, and for a second derivative.
         RuntimeError: CUDA failed.
     """
     check_arguments(
         q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
         return_lse=return_lse, deterministic=deterministic, backend=backend,
     )  # fmt: skip
-    if not torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
         _check_eager(q, k, v, causal, softmax_scale, window_size, softcap, backend)
     q, k, v = _autocast(q, k, v)
     if softmax_scale is None:
@@ -78,7 +81,12 @@ def attention(
     arguments = (
         q, k, v, float(softmax_scale), causal, window_size[0], window_size[1], float(softcap), deterministic, backend,
     )  # fmt: skip
-    out, lse = torch.ops.flash_ext.fwd(*arguments)
+    if tracing or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        out, lse = torch.ops.flash_ext.fwd(*arguments)
+    else:
+        # Nothing to differentiate: the Python layer of the op's autograd registration costs a third of a call.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.flash_ext.fwd(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -89,6 +97,8 @@ def _check_eager(q, k, v, causal, softmax_scale, window_size, softcap, backend) 
             "attention: torch.func transforms (grad, vmap, jvp, ...) are not supported; use torch.autograd, or batch "
             "through the batch dimension"
         )
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
+        raise NotImplementedError("attention: forward-mode differentiation is not supported; use torch.autograd")
     if backend is not None and backend != "reference":
         from .dispatch import require_backend
 

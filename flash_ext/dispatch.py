@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .arguments import check_arguments
+from . import env, ops, reference
+from .arguments import BACKENDS, check_arguments
 
 DEVICES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
@@ -59,6 +59,8 @@ def _host() -> Any:
 
 def device_name(tensor: Tensor) -> str:
     """The planner's name of the device that a tensor is on."""
+    if env.EMULATE and tensor.device.type == "cpu":
+        return f"{env.EMULATE}:{env.EMULATE_SMS}"
     if tensor.device.type != "cuda" or ops.library_error is not None:
         return "cpu"
     properties = torch.cuda.get_device_properties(tensor.device)
@@ -108,12 +110,12 @@ def supported(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, list
 
     Takes and checks the arguments of flash_ext.attention; reads no data, and works on meta tensors.
     """
-    options = _options(q, k, v, {**options, "backend": None})
-    plan = _plan(device_name(q), q, k, v, options)
-    reasons = {name: list(why) for name, why in plan["rejected"].items()}
-    if plan["backend"] != "reference":
-        reasons[plan["backend"]] = []
-    return {**reasons, "reference": []}
+    options = _options(q, k, v, options)
+    device, reasons = device_name(q), {}
+    for backend in BACKENDS:
+        plan = _plan(device, q, k, v, {**options, "backend": backend})
+        reasons[backend] = [] if plan["backend"] == backend else list(plan["rejected"][backend])
+    return reasons
 
 
 def require_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:

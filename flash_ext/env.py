@@ -3,6 +3,10 @@
 | variable | read | meaning |
 |---|---|---|
 | FLASH_EXT_STRICT | at each fallback | 1: a GPU call that no compiled kernel covers raises FallbackWarning as an error |
+| FLASH_EXT_EMULATE | at import | sm80, sm86, sm89, sm90, sm120: run calls on CPU tensors in the emulator of such a GPU |
+| FLASH_EXT_EMULATE_SMS | at import | the emulated GPU's number of SMs, default 4 |
+
+The emulator reads more variables (seed, schedule, checks): docs/debugging.md.
 
 Build-time variables stand in setup.py.
 """
@@ -16,6 +20,9 @@ import warnings
 class FallbackWarning(UserWarning):
     """A call on a GPU runs on the reference because no compiled kernel covers it; raised once for each reason."""
 
+
+EMULATE = os.environ.get("FLASH_EXT_EMULATE", "")
+EMULATE_SMS = os.environ.get("FLASH_EXT_EMULATE_SMS", "4")
 
 _reasons_already_given: set[str] = set()
 

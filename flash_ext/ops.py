@@ -12,7 +12,6 @@ call on the reference. An op called directly gives the same gradients as flash_e
 
 from __future__ import annotations
 
-import importlib.machinery
 from pathlib import Path
 
 import torch
@@ -138,15 +137,6 @@ for _name, _fake in (
 # --- the compiled library ---
 
 
-def library_path() -> Path | None:
-    """The compiled library beside this file, or None when flash_ext was installed without nvcc."""
-    for suffix in (".abi3.so", *importlib.machinery.EXTENSION_SUFFIXES):
-        path = Path(__file__).with_name(f"_C{suffix}")
-        if path.exists():
-            return path
-    return None
-
-
 def how_to_install() -> str:
     """One sentence; a checkout's own folder hides an installed package from a Python started there."""
     checkout = Path(__file__).resolve().parent.parent
@@ -156,9 +146,14 @@ def how_to_install() -> str:
 
 
 def _load_library() -> str | None:
-    """Load _C; the reason why not, or None. Registers kernels with the CUDA runtime but does not initialise CUDA."""
-    path = library_path()
-    if path is None:
+    """Load _C; the reason why not, or None. Registers kernels with the CUDA runtime but does not initialise CUDA.
+
+    Under FLASH_EXT_EMULATE the same objects linked against the emulator, _C_emulated, serve CPU tensors instead.
+    """
+    path = Path(__file__).with_name("_C_emulated.abi3.so" if env.EMULATE else "_C.abi3.so")
+    if env.EMULATE and not path.exists():
+        raise ImportError(f"FLASH_EXT_EMULATE={env.EMULATE}: {path} is not built; in a checkout, make emulator builds it")
+    if not path.exists():
         return "flash_ext was installed without an nvcc (python -m flash_ext says how to get the kernels)"
     try:
         torch.ops.load_library(str(path))

@@ -15,7 +15,7 @@ struct RowStrides {
 };
 
 // The 128 bytes of a CUtensorMap, so that device code and tests need no driver header.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "host/check.h"
+#include "host/emulator.h"
 #include "host/launchers.h"
 #include "host/ops.h"
 #include "host/plan.h"
@@ -13,7 +14,7 @@
 
 namespace flash_ext {
 
-std::tuple<Tensor, Tensor, Tensor> bwd(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+std::tuple<Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
                                        Tensor out, Tensor lse, double softmax_scale, bool causal, int64_t window_left,
                                        int64_t window_right, double softcap, bool deterministic,
                                        std::optional<std::string> backend) {
@@ -24,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(Tensor dout, std::optional<Tensor> dlse, 
   const std::string reason = backend == "reference" ? "" : plan.rejections_as_text();
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  std::vector<StableIValue> stack{from(dout),         from(dlse),         from(q),       from(k),
+  std::vector<StableIValue> stack{from(dout),           from(dlse),         from(q),       from(k),
                                   from(v),            from(out),          from(lse),     from(softmax_scale),
                                   from(causal),       from(window_left),  from(window_right), from(softcap),
                                   from(deterministic), from(reason)};
@@ -66,12 +67,13 @@ std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, s
 
   const Tensor out_rows = with_aligned_rows(out);
   const Tensor dout_rows = with_aligned_rows(dout);
-  register_for_emulator(out_rows, kFlashExtIn, "out");
-  register_for_emulator(dout_rows, kFlashExtIn, "dout");
-  register_for_emulator(lse, kFlashExtIn, "lse");
-  if (dlse) register_for_emulator(*dlse, kFlashExtIn, "dlse");
-  register_for_emulator(delta, kFlashExtOut, "delta");
-  register_for_emulator(lse_log2, kFlashExtOut, "lse_log2");
+  OpMemory memory;
+  memory.add(out_rows, MemoryRole::kIn, "out");
+  memory.add(dout_rows, MemoryRole::kIn, "dout");
+  memory.add(lse, MemoryRole::kIn, "lse");
+  if (dlse) memory.add(*dlse, MemoryRole::kIn, "dlse");
+  memory.add(delta, MemoryRole::kOut, "delta");
+  memory.add(lse_log2, MemoryRole::kOut, "lse_log2");
 
   const BwdPreprocessParams params{
       .out = out_rows.data_ptr(),

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, double softmax_scal
                                int64_t window_right, double softcap, bool deterministic,
                                std::optional<std::string> backend);
 
-std::tuple<Tensor, Tensor, Tensor> bwd(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+std::tuple<Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
                                        Tensor out, Tensor lse, double softmax_scale, bool causal, int64_t window_left,
                                        int64_t window_right, double softcap, bool deterministic,
                                        std::optional<std::string> backend);

@@ -31,35 +31,117 @@ struct KernelBackend {
 // In the order of preference.
 constexpr KernelBackend kKernelBackends[] = {{"sm90", 90}, {"sm80", 80}};
 
+// sm_90a code runs on 9.0 alone; the sm80 group's PTX on everything from 8.0 up.
 bool device_runs(const DeviceInfo& device, int arch) {
-  return arch == 90 ? device.arch == 90 : device.arch >= arch;  // sm_90a code runs on 9.0 alone
+  return arch == 90 ? device.arch == 90 : device.arch >= arch;
 }
 
-// Why a backend's kernels cannot run this problem at all, whatever the variant.
-std::vector<std::string> reasons_against(const KernelBackend& backend, const FwdProblem& problem,
-                                         const DeviceInfo& device) {
-  if (device.arch == 0) return {"the tensors are not on a CUDA device"};
+// The mask that the options come to, or k_none when no mask policy expresses them. Sides that hide no key are unbounded,
+// and an unbounded left side with right = 0 is the causal mask.
+Mask mask_of(const FwdProblem& problem) {
+  const bool left = problem.window_left >= 0 && problem.window_left < problem.seqlen_k() - 1;
+  const bool right = problem.window_right >= 0 && problem.window_right < problem.seqlen_q() - 1;
+  if (left) return Mask::k_none;
+  if (!right) return Mask::k_full;
+  return problem.window_right == 0 ? Mask::k_causal : Mask::k_none;
+}
+
+// Why a row does not cover the problem; empty when it does.
+std::vector<std::string> reasons_against(const Variant& row, const FwdProblem& problem) {
   std::vector<std::string> reasons;
-  if (!device_runs(device, backend.arch)) {
-    reasons.push_back("needs compute capability " + capability(backend.arch) + (backend.arch == 90 ? "" : " or later") +
-                      ", this GPU has " + capability(device.arch));
+  if (row.dtype != problem.dtype) {
+    reasons.push_back(std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
   }
-  if (problem.dtype == ScalarType::kFloat32 || problem.dtype == ScalarType::kFloat64) {
-    reasons.push_back(std::string("kernels take bfloat16 and float16, got ") + dtype_name(problem.dtype));
+  if (row.head_dim != problem.head_dim() || row.head_dim_v != problem.head_dim_v()) {
+    reasons.push_back("no compiled kernel has head_dim " + std::to_string(problem.head_dim()) +
+                      (problem.head_dim() == problem.head_dim_v()
+                           ? ""
+                           : " with head_dim_v " + std::to_string(problem.head_dim_v())));
   }
+  const Mask mask = mask_of(problem);
+  if (mask == Mask::k_none) {
+    reasons.push_back("no compiled kernel has window_size (" + std::to_string(problem.window_left) + ", " +
+                      std::to_string(problem.window_right) + ")");
+  } else if (row.mask != mask) {
+    reasons.push_back(std::string("no compiled kernel has the ") + (mask == Mask::k_full ? "full" : "causal") + " mask");
+  }
+  if (problem.softcap > 0) reasons.push_back("no compiled kernel has softcap");
   return reasons;
 }
 
-FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, const char* direction) {
+// The first row of this backend that covers the problem, or the reasons against the one that comes closest.
+const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& problem, const char* direction,
+                        std::vector<std::string>* reasons) {
+  bool any = false;
+  std::vector<std::string> closest;
+  for (const Variant& row : variants()) {
+    if (row.op != op || row.arch != backend.arch) continue;
+    std::vector<std::string> against = reasons_against(row, problem);
+    if (against.empty()) return &row;
+    if (!any || against.size() < closest.size()) closest = std::move(against);
+    any = true;
+  }
+  if (!any) closest = {std::string("this build has no ") + direction + " kernel for " + backend.name};
+  reasons->insert(reasons->end(), closest.begin(), closest.end());
+  return nullptr;
+}
+
+void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device) {
+  const int64_t m_blocks = (problem.seqlen_q() + plan->variant->block_m - 1) / plan->variant->block_m;
+  const int64_t items = m_blocks * problem.num_heads() * problem.batch();
+  plan->grid = {std::max<int64_t>(1, std::min<int64_t>(device.num_sms, items)), 1, 1};  // persistent: a CTA an SM
+  const std::pair<const char*, const TensorLayout*> inputs[] = {{"q", &problem.q}, {"k", &problem.k}, {"v", &problem.v}};
+  for (const auto& [name, layout] : inputs) {
+    if (rows_are_16_byte_aligned(*layout, problem.dtype)) continue;
+    plan->copies.push_back(std::string(name) + ": base and strides must be multiples of 16 bytes");
+    plan->workspace_bytes += element_size(problem.dtype) * layout->sizes[0] * layout->sizes[1] * layout->sizes[2] *
+                             layout->sizes[3];
+  }
+}
+
+// Items of the tile schedule and rows of a head are 32-bit numbers in the kernels; offsets are 64-bit.
+constexpr int64_t kMaxItems = int64_t{1} << 30;
+
+bool sizes_fit(const FwdProblem& problem) {
+  return problem.batch() * problem.num_heads() * (problem.seqlen_q() / 64 + 1) < kMaxItems &&
+         problem.seqlen_q() < kMaxItems && problem.seqlen_k() < kMaxItems;
+}
+
+FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op op, const char* direction) {
   FwdPlan plan;
   for (const KernelBackend& backend : kKernelBackends) {
-    std::vector<std::string> reasons = reasons_against(backend, problem, device);
-    if (device.arch != 0) {
-      reasons.push_back(std::string("this build has no ") + direction + " kernel for " + backend.name);
+    if (!plan.backend.empty()) {
+      plan.rejected.push_back({backend.name, {plan.backend + " is preferred"}});
+      continue;
     }
-    plan.rejected.push_back({backend.name, std::move(reasons)});
+    std::vector<std::string> reasons;
+    const Variant* row = nullptr;
+    if (device.arch == 0) {
+      reasons.push_back("the tensors are not on a CUDA device");
+    } else {
+      if (!device_runs(device, backend.arch)) {
+        reasons.push_back("needs compute capability " + capability(backend.arch) +
+                          (backend.arch == 90 ? "" : " or later") + ", this GPU has " + capability(device.arch));
+      }
+      if (!sizes_fit(problem)) reasons.push_back("batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers");
+      row = find_row(backend, op, problem, direction, &reasons);
+    }
+    const bool wanted = problem.backend.empty() || problem.backend == backend.name;
+    if (reasons.empty() && wanted) {
+      plan.backend = backend.name;
+      plan.variant = row;
+      fill_launch(&plan, problem, device);
+    } else {
+      if (reasons.empty()) reasons.push_back("backend '" + problem.backend + "' was asked for");
+      plan.rejected.push_back({backend.name, std::move(reasons)});
+    }
   }
-  if (problem.backend.empty() || problem.backend == "reference") plan.backend = "reference";
+  const bool reference = problem.backend.empty() || problem.backend == "reference";
+  if (!plan.backend.empty()) {
+    plan.rejected.push_back({"reference", {plan.backend + " is preferred"}});
+  } else if (reference) {
+    plan.backend = "reference";
+  }
   return plan;
 }
 
@@ -108,11 +190,11 @@ std::string FwdPlan::rejections_as_text() const {
 }
 
 FwdPlan plan_fwd(const FwdProblem& problem, const DeviceInfo& device) {
-  return plan_attention(problem, device, "forward");
+  return plan_attention(problem, device, Op::k_fwd, "forward");
 }
 
 FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device) {
-  return plan_attention(problem, device, "backward");
+  return plan_attention(problem, device, Op::k_bwd, "backward");
 }
 
 const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device) {

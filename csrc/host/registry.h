@@ -9,15 +9,19 @@ namespace flash_ext {
 
 enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-enum class Op : uint8_t { k_fwd, k_bwd_preprocess };
+enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess };
 
+enum class Mask : uint8_t { k_none, k_full, k_causal };
+
+// A row of csrc/variants.py, where each column is explained.
 struct Variant {
   const char* name;
   Op op;
   int arch;  // 80 or 90: the lowest architecture that runs it, and the group it was compiled in
   ScalarType dtype;
-  int head_dim;    // the largest covered
-  int head_dim_v;  // the largest covered
+  int head_dim;
+  int head_dim_v;
+  Mask mask;
   int block_m;
   int block_n;
 };

@@ -96,11 +96,4 @@ const DeviceInfo& device_info_of(const Tensor& tensor) {
   return device_info_of_cuda_device(tensor.is_cuda() ? tensor.get_device_index() : 0);
 }
 
-void register_for_emulator(const Tensor& tensor, FlashExtMemoryRole role, const char* name) {
-  if (flash_ext_emulator_register == nullptr || tensor.numel() == 0) return;
-  int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  flash_ext_emulator_register(tensor.data_ptr(), static_cast<size_t>(last + 1) * tensor.element_size(), role, name);
-}
-
 }  // namespace flash_ext

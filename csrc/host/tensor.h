@@ -11,7 +11,6 @@
 
 #include "common/params.h"
 #include "host/device.h"
-#include "host/emulator.h"
 #include "host/problem.h"
 
 namespace flash_ext {
@@ -44,7 +43,5 @@ class LaunchScope {
 };
 
 const DeviceInfo& device_info_of(const Tensor& tensor);
-
-void register_for_emulator(const Tensor& tensor, FlashExtMemoryRole role, const char* name);
 
 }  // namespace flash_ext

@@ -1,0 +1,95 @@
+// Output policy: how a warp's 16 finished rows reach global memory.
+#pragma once
+
+#include "common/fragment.cuh"
+#include "common/params.h"
+#include "common/seqlens.cuh"
+#include "common/swizzle.cuh"
+
+namespace flash_ext {
+
+// Staging area of one warp: one slab of 16 rows.
+constexpr int kRowsPerWarp = 16;
+constexpr int kStagingBytesPerWarp = kRowsPerWarp * kSlabRowBytes;
+
+// stmatrix.x4 of the accumulator's column blocks 2 * pair and 2 * pair + 1: register r holds column block r / 2 and row
+// half r % 2, and lane l gives the address of row l % 8 of register l / 8.
+FX_HOST_DEVICE constexpr int staging_source(int pair, int r) {
+  return 8 * pair + 4 * (r >> 1) + 2 * (r & 1);
+}
+FX_HOST_DEVICE constexpr uint32_t staging_write_offset(int lane, int pair) {
+  return swizzle_128b((lane % 8 + 8 * (lane / 8 % 2)) * kSlabRowBytes + (2 * pair + lane / 16) * 16);
+}
+// Then eight lanes read a row of 128 bytes; pass p covers rows 4p to 4p + 3.
+FX_HOST_DEVICE constexpr int staging_read_row(int lane, int pass) { return 4 * pass + lane / 8; }
+FX_HOST_DEVICE constexpr uint32_t staging_read_offset(int lane, int pass) {
+  return swizzle_128b(staging_read_row(lane, pass) * kSlabRowBytes + lane % 8 * 16);
+}
+
+#ifdef __CUDACC__
+// out and lse as rows of (batch, seqlen, heads, dim) and (batch, heads, seqlen).
+template <class Element>
+struct DenseOutput {
+  Element* out;  // row 0 of this head
+  float* lse;
+  int64_t row_stride;
+  int first_row;  // of the warp
+  int num_rows;   // of the sequence
+
+  __device__ __forceinline__ DenseOutput(const FwdParams& params, const Sequence& sequence, int head,
+                                         int first_row)
+      : row_stride(params.out_strides.row), first_row(first_row), num_rows(sequence.seqlen_q) {
+    out = static_cast<Element*>(params.out) + sequence.batch_q * params.out_strides.batch +
+          sequence.first_row_q * params.out_strides.row + head * params.out_strides.head;
+    lse = params.lse + (int64_t(sequence.batch_q) * params.num_heads + head) * params.seqlen_q;
+  }
+
+  // Whole 128-byte lines leave through `staging`, shared memory that belongs to the warp. acc_o holds finished rows.
+  template <int kNumAcc>
+  __device__ __forceinline__ void store_rows(const float (&acc_o)[kNumAcc], uint32_t staging, int lane) {
+    constexpr int kSlabs = kNumAcc / 32;
+    static_assert(kNumAcc % 32 == 0, "head_dim_v must be a multiple of 64");
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        uint32_t words[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int i = 32 * slab + staging_source(pair, r);
+          words[r] = pack_pair<Element>(acc_o[i], acc_o[i + 1]);
+        }
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                     ::"r"(staging + staging_write_offset(lane, pair)), "r"(words[0]), "r"(words[1]),
+                     "r"(words[2]), "r"(words[3])
+                     : "memory");
+      }
+      __syncwarp();
+#pragma unroll
+      for (int pass = 0; pass < 4; ++pass) {
+        uint4 chunk;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+                     : "r"(staging + staging_read_offset(lane, pass))
+                     : "memory");
+        const int row = first_row + staging_read_row(lane, pass);
+        if (row < num_rows) {
+          *reinterpret_cast<uint4*>(out + row * row_stride + slab * kSlabColumns + lane % 8 * 8) = chunk;
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  // The four threads of a row hold the same two values.
+  __device__ __forceinline__ void store_lse(const float (&values)[2], int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + acc_row(lane, half);
+      if (lane % 4 == 0 && row < num_rows) lse[row] = values[half];
+    }
+  }
+};
+#endif
+
+}  // namespace flash_ext

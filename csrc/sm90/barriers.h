@@ -1,0 +1,24 @@
+// Named barriers of the Hopper kernels, by the event they announce. Barrier 0 belongs to __syncthreads.
+#pragma once
+
+#include "common/math.cuh"
+
+namespace flash_ext::sm90 {
+
+enum class NamedBarrier : int {
+  // The tensor cores are warpgroup i's turn: i waits (128 threads), its predecessor in the ring arrives (128).
+  kTurn0 = 1,
+  kTurn1,
+  kTurn2,
+  // All threads of consumer warpgroup i (128) have rewritten their part of Q.
+  kQueryRewritten0,
+  kQueryRewritten1,
+  kQueryRewritten2,
+};
+
+FX_HOST_DEVICE constexpr int turn_of(int warpgroup) { return static_cast<int>(NamedBarrier::kTurn0) + warpgroup; }
+FX_HOST_DEVICE constexpr int query_rewritten_by(int warpgroup) {
+  return static_cast<int>(NamedBarrier::kQueryRewritten0) + warpgroup;
+}
+
+}  // namespace flash_ext::sm90

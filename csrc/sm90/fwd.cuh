@@ -1,0 +1,399 @@
+// Hopper forward: out = softmax(scale * Q K^T) V and its log-sum-exp. docs/fwd_sm90.md has timeline, barriers, memory map.
+//
+// A persistent CTA takes tiles of kBlockM queries. Warpgroup 0 is the producer: one thread copies Q, K and V by TMA into
+// rings of stages. Each other warpgroup owns 64 rows of Q and, per tile of kBlockN keys, computes S = Q K^T, the online
+// softmax and O += P V, with S, P and O in registers. Two overlaps keep the tensor cores busy during softmax:
+// within a warpgroup, S of the next tile and P V of the previous one are issued before the softmax of the next tile;
+// between warpgroups, a token (NamedBarrier::kTurn) lets one issue its products while the others do softmax.
+#pragma once
+
+#include <cstddef>
+
+#include "common/masks.cuh"
+#include "common/math.cuh"
+#include "common/outputs.cuh"
+#include "common/params.h"
+#include "common/scheduler.cuh"
+#include "common/scores.cuh"
+#include "common/seqlens.cuh"
+#include "common/softmax.cuh"
+#include "common/swizzle.cuh"
+#include "common/tiles.cuh"
+#include "host/tma.h"
+#include "sm90/barriers.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/primitives.cuh"
+
+namespace flash_ext::sm90 {
+
+constexpr int kThreadsPerWarpgroup = 128;
+
+// Tile sizes by head_dim and mask: registers bound S + P + O of a consumer thread, shared memory the stages.
+template <int kHeadDim, class Mask>
+struct FwdTile;
+template <class Mask>
+struct FwdTile<64, Mask> {
+  static constexpr int kBlockM = 192, kBlockN = 128, kStages = 4, kStagesQ = 2;
+};
+template <>
+struct FwdTile<128, FullMask> {
+  static constexpr int kBlockM = 128, kBlockN = 176, kStages = 2, kStagesQ = 1;
+};
+template <>
+struct FwdTile<128, CausalMask> {
+  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kStagesQ = 2;
+};
+
+template <class Element_, int kHeadDim_, class Mask_>
+struct FwdConfig : FwdTile<kHeadDim_, Mask_> {
+  using Tile = FwdTile<kHeadDim_, Mask_>;
+  using Element = Element_;
+  using Mask = Mask_;
+  using Tiles = PrefixTiles<Mask>;
+  using Seqlens = DenseSeqlens;
+  using Output = DenseOutput<Element>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDim_;
+  static constexpr int kNumConsumers = Tile::kBlockM / kRowsPerWarpgroup;  // warpgroups
+  static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
+  static constexpr int kMinBlocksPerSm = 1;
+  // setmaxnreg; together they fit the register file, 65536 / kNumThreads registers at launch.
+  static constexpr int kProducerRegisters = kNumConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kNumConsumers == 2 ? 240 : 160;
+
+  static_assert(Tile::kBlockM % kRowsPerWarpgroup == 0, "a consumer warpgroup owns 64 rows");
+  static_assert(kNumConsumers == 2 || kNumConsumers == 3, "the register budget is made for 2 or 3 consumers");
+  static_assert(Tile::kBlockN % 16 == 0, "P V steps through 16 keys at a time");
+  static_assert(kHeadDim % kSlabColumns == 0 && kHeadDimV % kSlabColumns == 0, "head dims fill whole slabs");
+};
+
+template <class Config>
+struct SharedStorage {
+  using Element = typename Config::Element;
+  alignas(kSwizzleGroupBytes) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
+  alignas(kSwizzleGroupBytes) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
+  alignas(kSwizzleGroupBytes) Element v[Config::kStages][Config::kBlockN * Config::kHeadDimV];
+  alignas(kSwizzleGroupBytes) uint8_t out[Config::kNumConsumers * 4][kStagingBytesPerWarp];
+  // Who arrives, how many, who waits: see RingBarriers.
+  RingBarriers<Config::kStagesQ> q_ring;
+  RingBarriers<Config::kStages> k_ring;
+  RingBarriers<Config::kStages> v_ring;
+};
+
+// The items of one CTA, the same for every role: f(item, sequence, tiles) for those that have keys to visit or rows to write.
+template <class Config, class Function>
+__device__ __forceinline__ void for_each_item(const FwdParams& params, Function&& function) {
+  const Schedule& schedule = params.schedule;
+  for (int round = 0;; ++round) {
+    const int index = Schedule::index(round, blockIdx.x, gridDim.x);
+    if (index >= schedule.num_items()) return;
+    const WorkItem item = schedule.item(index);
+    const Sequence sequence = Config::Seqlens::sequence(params, item.batch);
+    function(item, sequence, Config::Tiles::template tiles<Config::kBlockM, Config::kBlockN>(sequence, item.m_block));
+  }
+}
+
+// ---- producer: one thread ----
+
+template <class Config>
+__device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<Config>& shared) {
+  const auto copy_tile = [](const TensorMap& map, uint64_t* full, void* stage, int rows, int columns, int row, int head,
+                            int batch, CacheHint hint) {
+    for (int column = 0; column < columns; column += kSlabColumns) {
+      tma_load(map, full, static_cast<uint8_t*>(stage) + column / kSlabColumns * rows * kSlabRowBytes, column, row, head,
+               batch, hint);
+    }
+  };
+  constexpr int kElementBytes = sizeof(typename Config::Element);
+  const int q_heads_per_kv = params.num_heads / params.num_heads_kv;
+  RingState<Config::kStagesQ> q_state;
+  RingState<Config::kStages> k_state, v_state;
+
+  for_each_item<Config>(params, [&](const WorkItem& item, const Sequence& sequence, const auto& tiles) {
+    if (tiles.num_tiles == 0) return;
+    const int head_kv = item.head / q_heads_per_kv;
+    const auto load_k = [&](int i) {
+      shared.k_ring.begin_fill(k_state, Config::kBlockN * Config::kHeadDim * kElementBytes);
+      copy_tile(params.k_map, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage], Config::kBlockN,
+                Config::kHeadDim, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
+                CacheHint::kEvictLast);
+      k_state.advance();
+    };
+    const auto load_v = [&](int i) {
+      shared.v_ring.begin_fill(v_state, Config::kBlockN * Config::kHeadDimV * kElementBytes);
+      copy_tile(params.v_map, &shared.v_ring.full[v_state.stage], shared.v[v_state.stage], Config::kBlockN,
+                Config::kHeadDimV, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
+                CacheHint::kEvictLast);
+      v_state.advance();
+    };
+
+    load_k(0);
+    shared.q_ring.begin_fill(q_state, Config::kBlockM * Config::kHeadDim * kElementBytes);
+    copy_tile(params.q_map, &shared.q_ring.full[q_state.stage], shared.q[q_state.stage], Config::kBlockM,
+              Config::kHeadDim, sequence.first_row_q + item.m_block * Config::kBlockM, item.head, sequence.batch_q,
+              CacheHint::kEvictFirst);
+    q_state.advance();
+    // In the order of consumption: V follows one step behind K.
+    for (int i = 1; i < tiles.num_tiles; ++i) {
+      load_k(i);
+      load_v(i - 1);
+    }
+    load_v(tiles.num_tiles - 1);
+  });
+}
+
+// ---- consumers: 64 rows each ----
+
+// What `step` needs to know of a tile of keys.
+struct UnmaskedTile {
+  using Guard = RowsSeeKeys;
+  template <int kNumAcc>
+  __device__ __forceinline__ void hide(float (&)[kNumAcc]) const {}
+};
+struct MaskedTile {
+  using Guard = RowsMayBeEmpty;
+  int visible_end[2];  // of the thread's rows, less its first column
+  template <int kNumAcc>
+  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const {
+    hide_keys(acc_s, visible_end);
+  }
+};
+
+// Q, in place, for a scale that is not positive: the rows of one warpgroup, 16 bytes a thread at a time.
+template <class Config>
+__device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread, uint32_t keep, uint32_t flip) {
+  constexpr int kBytesPerSlab = kRowsPerWarpgroup * kSlabRowBytes;
+  for (int slab = 0; slab < Config::kHeadDim / kSlabColumns; ++slab) {
+    const uint32_t start = q + slab * Config::kBlockM * kSlabRowBytes + warpgroup * kBytesPerSlab;
+    for (int offset = thread * 16; offset < kBytesPerSlab; offset += kThreadsPerWarpgroup * 16) {
+      uint32_t w[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                   : "r"(start + offset)
+                   : "memory");
+      for (uint32_t& word : w) word = (word & keep) ^ flip;
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                   ::"r"(start + offset), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                   : "memory");
+    }
+  }
+  fence_async_proxy();
+  named_barrier_sync(query_rewritten_by(warpgroup), kThreadsPerWarpgroup);
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<Config>& shared, int warpgroup) {
+  using Element = typename Config::Element;
+  using Shared = SharedStorage<Config>;
+  constexpr int kNumAccS = Config::kBlockN / 2;
+  constexpr int kNumAccO = Config::kHeadDimV / 2;
+  constexpr int kTurnThreads = 2 * kThreadsPerWarpgroup;
+  const int thread = threadIdx.x % kThreadsPerWarpgroup;
+  const int lane = thread % 32;
+  const bool elected = lane == 0;
+  const int warp_row = warpgroup * kRowsPerWarpgroup + thread / 32 * kRowsPerWarp;  // within the tile of queries
+  const uint32_t staging = shared_address(shared.out[warpgroup * 4 + thread / 32]);
+  // From threadIdx, not from the uniform `warpgroup`: barrier numbers stay in registers instead of being moved there.
+  const int my_index = threadIdx.x / kThreadsPerWarpgroup - 1;
+  const int my_turn = turn_of(my_index);
+  const int next_turn = turn_of(my_index + 1 == Config::kNumConsumers ? 0 : my_index + 1);
+
+  const FoldedScale scale = fold_scale(params.softmax_scale);
+  // Descriptors start from the base of shared memory, so that one register serves all of them. Units of 16 bytes.
+  constexpr uint32_t kQueries = offsetof(Shared, q) / 16, kQueryStage = sizeof(shared.q[0]) / 16;
+  constexpr uint32_t kKeys = offsetof(Shared, k) / 16, kKeyStage = sizeof(shared.k[0]) / 16;
+  constexpr uint32_t kValues = offsetof(Shared, v) / 16, kValueStage = sizeof(shared.v[0]) / 16;
+  const uint32_t base = shared_address(&shared);
+  // seqlen_k is never negative: this is kDescriptorHigh, but the compiler does not know and keeps it in its register.
+  const uint32_t descriptor_high = kDescriptorHigh + (params.seqlen_k >> 31);
+  const WgmmaDescriptor q_major{k_major_descriptor(base), kDescriptorHigh};
+  const WgmmaDescriptor k_major{k_major_descriptor(base), descriptor_high};
+  const WgmmaDescriptor mn_major{mn_major_descriptor(base, Config::kBlockN), descriptor_high};
+  const uint32_t my_query_step = warpgroup * (kRowsPerWarpgroup * kSlabRowBytes >> 4);
+
+  RingState<Config::kStagesQ> q_state;
+  RingState<Config::kStages> k_state, v_state;
+  float acc_s[kNumAccS], acc_o[kNumAccO];
+  uint32_t p_regs[kNumAccS / 2];
+
+  // S = Q K^T and O += P V, asynchronous: accumulators and operands are taken until the matching wait.
+  const auto issue_scores = [&] {
+    const uint32_t q_step = my_query_step + kQueries + q_state.stage * kQueryStage;
+    const uint32_t k_step = kKeys + k_state.stage * kKeyStage;
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+      Wgmma<Element, Config::kBlockN>::ss(acc_s, q_major.at(q_step + k_major_step(Config::kBlockM, step)),
+                                          k_major.at(k_step + k_major_step(Config::kBlockN, step)), step > 0);
+    }
+    wgmma_commit();
+  };
+  const auto issue_output = [&] {
+    const uint32_t v_step = kValues + v_state.stage * kValueStage;
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Config::kBlockN / 16; ++step) {
+      Wgmma<Element, Config::kHeadDimV>::rs(acc_o, &p_regs[4 * step], mn_major.at(v_step + mn_major_step(step)));
+    }
+    wgmma_commit();
+  };
+  const auto round_weights = [&] {
+#pragma unroll
+    for (int i = 0; i < kNumAccS / 2; ++i) p_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
+  };
+
+  // The first turn is warpgroup 0's.
+  if (warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
+
+  for_each_item<Config>(params, [&](const WorkItem& item, const Sequence& sequence, const auto& tiles) {
+    OnlineSoftmax softmax;
+#pragma unroll
+    for (float& x : acc_o) x = 0.f;
+    const int first_row = item.m_block * Config::kBlockM + warp_row;
+
+    const auto masked_tile = [&](int n_block) {
+      MaskedTile tile;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + acc_row(lane, half);
+        tile.visible_end[half] = Config::Mask::visible_end(row, sequence.seqlen_q, sequence.seqlen_k) -
+                                 n_block * Config::kBlockN - acc_first_col(lane);
+      }
+      return tile;
+    };
+
+    // One tile of keys: its scores and softmax, while the previous tile's P V runs.
+    const auto step = [&](const auto& tile) {
+      float rescale[2];
+      shared.k_ring.wait_full(k_state);
+      named_barrier_sync(my_turn, kTurnThreads);
+      issue_scores();
+      shared.v_ring.wait_full(v_state);
+      issue_output();
+      named_barrier_arrive(next_turn, kTurnThreads);
+      wgmma_wait<1>();
+      pin_registers(acc_s);
+      shared.k_ring.release(k_state, elected);
+      k_state.advance();
+      tile.hide(acc_s);
+      softmax.update<typename std::decay_t<decltype(tile)>::Guard>(acc_s, scale.log2_scale, rescale);
+      complete_before_wait(softmax.row_sum[0] + softmax.row_sum[1]);
+      wgmma_wait<0>();
+      pin_registers(acc_o);
+      pin_registers(acc_s);
+      shared.v_ring.release(v_state, elected);
+      v_state.advance();
+      round_weights();
+#pragma unroll
+      for (int i = 0; i < kNumAccO; ++i) acc_o[i] *= rescale[acc_half(i)];
+    };
+
+    if (tiles.num_tiles > 0) {
+      shared.q_ring.wait_full(q_state);
+      if (scale.changes_q()) {
+        rewrite_q<Config>(shared_address(shared.q[q_state.stage]), warpgroup, thread, scale.q_keep_bits,
+                          scale.q_flip_bits);
+      }
+      float rescale[2];
+      shared.k_ring.wait_full(k_state);
+      issue_scores();
+      wgmma_wait<0>();
+      pin_registers(acc_s);
+      shared.k_ring.release(k_state, elected);
+      k_state.advance();
+      masked_tile(tiles.n_block(0)).hide(acc_s);
+      softmax.update<RowsMayBeEmpty>(acc_s, scale.log2_scale, rescale);
+      round_weights();
+
+      int i = 1;
+      if constexpr (Config::Tiles::kManyMasked) {
+        for (; i < tiles.num_masked; ++i) step(masked_tile(tiles.n_block(i)));
+      }
+      for (; i < tiles.num_tiles; ++i) step(UnmaskedTile{});
+      shared.q_ring.release(q_state, elected);
+      q_state.advance();
+
+      shared.v_ring.wait_full(v_state);
+      issue_output();
+      wgmma_wait<0>();
+      pin_registers(acc_o);
+      shared.v_ring.release(v_state, elected);
+      v_state.advance();
+    }
+
+    float normalise[2], lse[2];
+    softmax.finish(normalise, lse);
+#pragma unroll
+    for (int i = 0; i < kNumAccO; ++i) {
+      const float factor = normalise[acc_half(i)];
+      acc_o[i] = factor == 0.f ? 0.f : acc_o[i] * factor;  // hidden values may be NaN, and NaN * 0 is NaN
+    }
+    typename Config::Output output(params, sequence, item.head, first_row);
+    output.store_lse(lse, lane);
+    output.store_rows(acc_o, staging, lane);
+  });
+
+  // Takes the last signal of the ring, so that every arrival has met its wait.
+  if (warpgroup == 0) named_barrier_sync(my_turn, kTurnThreads);
+}
+
+template <class Config>
+__device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
+  // The shuffle tells the compiler that the value is the same in the whole warp.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+
+  if (warp == 0 && elect_one()) {
+    prefetch_tensor_map(params.q_map);
+    if (params.seqlen_k > 0) {
+      prefetch_tensor_map(params.k_map);
+      prefetch_tensor_map(params.v_map);
+    }
+    shared.q_ring.init(Config::kNumConsumers * 4);
+    shared.k_ring.init(Config::kNumConsumers * 4);
+    shared.v_ring.init(Config::kNumConsumers * 4);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    decrease_registers<Config::kProducerRegisters>();
+    if (warp == 0 && elect_one()) produce<Config>(params, shared);
+  } else {
+    increase_registers<Config::kConsumerRegisters>();
+    consume<Config>(params, shared, warp / 4 - 1);
+  }
+}
+
+// kernel: the variant's entry, an instance of flash_fwd_sm90<Config>. The caller has checked sizes, dtype and alignment.
+template <class Config, class Kernel>
+cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
+  static_assert(kSharedBytes <= 227 * 1024, "a Hopper CTA has at most 227 KB of shared memory");
+
+  const int64_t kv_bytes = int64_t(params.seqlen_k) * (Config::kHeadDim + Config::kHeadDimV) * 2;
+  params.schedule = make_schedule(ceil_div(params.seqlen_q, Config::kBlockM), params.batch, params.num_heads,
+                                  params.num_heads_kv, kv_bytes);
+  if (params.schedule.num_items() == 0) return cudaSuccess;
+
+  cudaError_t status = encode_tensor_map(&params.q_map, {params.q, params.q_strides, params.batch, params.seqlen_q,
+                                                         params.num_heads, Config::kHeadDim, Config::kBlockM});
+  // Without keys nothing is copied, and the maps of empty tensors do not exist.
+  if (status == cudaSuccess && params.seqlen_k > 0) {
+    status = encode_tensor_map(&params.k_map, {params.k, params.k_strides, params.batch, params.seqlen_k,
+                                               params.num_heads_kv, Config::kHeadDim, Config::kBlockN});
+  }
+  if (status == cudaSuccess && params.seqlen_k > 0) {
+    status = encode_tensor_map(&params.v_map, {params.v, params.v_strides, params.batch, params.seqlen_k,
+                                               params.num_heads_kv, Config::kHeadDimV, Config::kBlockN});
+  }
+  if (status != cudaSuccess) return status;
+
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<params.num_ctas, Config::kNumThreads, kSharedBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace flash_ext::sm90

@@ -1,0 +1,118 @@
+"""The forward kernels, emulated: named cases against the oracle, schedules against each other, exact probes."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import Case
+
+import flash_ext
+from flash_ext import _emulator, env
+
+ARCH = env.EMULATE
+BACKEND = "sm90" if ARCH == "sm90" else "sm80"
+TWO_BYTES = (torch.bfloat16, torch.float16)
+
+
+def planned(case: Case, dtype: torch.dtype) -> flash_ext.Explanation:
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in case.shapes.items() if name != "out"}
+    return flash_ext.explain(**tensors, device_info=f"{ARCH}:{env.EMULATE_SMS}", **case.options)
+
+
+# Long enough that persistent CTAs take several tiles and every ring of stages wraps.
+LONG = (
+    Case("wrap", 600, 1200, batch=1, num_heads=2, num_heads_kv=1, head_dim=128),
+    Case("wrap", 700, 900, batch=1, num_heads=4, num_heads_kv=2, head_dim=128, causal=True),
+    Case("wrap", 900, 1100, batch=1, num_heads=2, num_heads_kv=2, head_dim=64),
+    Case("wrap", 500, 800, batch=2, num_heads=2, num_heads_kv=1, head_dim=64, causal=True),
+    Case("tall", 700, 200, batch=1, num_heads=2, num_heads_kv=2, head_dim=128, causal=True),
+)
+COVERED = {c.name: c for c in (*cases.CASES.values(), *LONG) if planned(c, torch.bfloat16).backend == BACKEND}
+if not COVERED:
+    pytest.skip(f"no forward kernel for {ARCH} yet", allow_module_level=True)
+
+
+def test_the_cases_reach_every_forward_variant() -> None:
+    reached = {planned(c, d).variant for c in COVERED.values() for d in TWO_BYTES}
+    compiled = {row["name"] for row in flash_ext._host.variants() if row["op"] == "fwd" and f"sm{row['arch']}" == BACKEND}
+    assert reached == compiled
+
+
+@pytest.mark.parametrize("dtype", TWO_BYTES, ids=("bf16", "fp16"))
+@pytest.mark.parametrize("name", COVERED)
+def test_case(name: str, dtype: torch.dtype, schedule) -> None:
+    schedule("checks" if dtype == torch.bfloat16 else "plain")
+    _emulator.reset_reports()
+    cases.check_case(COVERED[name], "cpu", dtype, backend=BACKEND)
+    ran = {report["kernel"] for report in _emulator.reports()}
+    empty = 0 in (COVERED[name].batch, COVERED[name].seqlen_q)
+    assert ran == (set() if empty else {planned(COVERED[name], dtype).variant})
+
+
+@pytest.mark.parametrize("num_sms", (1, 2, 4))
+@pytest.mark.parametrize("case", LONG, ids=lambda c: c.name)
+def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, schedule) -> None:
+    tensors = cases.build(case, "cpu", torch.bfloat16)
+    results = []
+    for name in ("plain", "late", "adversarial1", "adversarial2", "adversarial3"):
+        schedule(name, sms=num_sms)
+        with cases.poisoned_memory():
+            results.append(
+                flash_ext.attention(tensors.q, tensors.k, tensors.v, **case.options, return_lse=True, backend=BACKEND)
+            )
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("causal", (False, True))
+def test_one_hot_values_spell_out_the_weights(head_dim: int, causal: bool, schedule) -> None:
+    """Row i attends to one key alone (scores differ by far more than exp can hold), so out must be that key's value, exactly."""
+    schedule("checks")
+    seqlen = 300
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, seqlen, (seqlen,), generator=generator)
+    if causal:
+        target = torch.minimum(target, torch.arange(seqlen))
+    # Keys are the corners of a cube, scaled: every pair of different keys scores at least 2 * 16 * 16 below a match.
+    bits = 9
+    corner = ((torch.arange(seqlen)[:, None] >> torch.arange(bits)) & 1).float() * 2 - 1
+    k = torch.zeros(1, seqlen, 1, head_dim)
+    k[0, :, 0, :bits] = 16 * corner
+    q = k[:, target]
+    # Values spell the key's number in three digits of base 8, exact in bf16, in changing columns.
+    v = torch.zeros(1, seqlen, 1, head_dim)
+    for digit in range(3):
+        v[0, :, 0, digit::3] = (torch.arange(seqlen) >> (3 * digit) & 7).float()[:, None]
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    out = flash_ext.attention(q, k, v, causal=causal, softmax_scale=1.0, backend=BACKEND)
+    assert torch.equal(out, v[:, target])
+
+
+def test_rows_beyond_the_sequence_hold_nan_and_inf(schedule) -> None:
+    """TMA's boxes reach beyond the sequence; what lies there must not show, also as 0 * inf."""
+    schedule("checks")
+    generator = torch.Generator().manual_seed(0)
+    clean = [torch.randn(1, 200, 2, 128, generator=generator).bfloat16() for _ in range(3)]
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        poisoned = []
+        for tensor in clean:
+            larger = torch.full((3, 400, 4, 128), poison, dtype=torch.bfloat16)
+            larger[1:2, :200, 1:3] = tensor
+            poisoned.append(larger[1:2, :200, 1:3])
+        for causal in (False, True):
+            expected = flash_ext.attention(*clean, causal=causal, backend=BACKEND)
+            assert torch.equal(flash_ext.attention(*poisoned, causal=causal, backend=BACKEND), expected)
+
+
+def test_a_copy_is_made_and_explained_for_unaligned_tensors(schedule) -> None:
+    schedule("checks")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 2, 64, generator=generator).bfloat16() for _ in range(3))
+    odd = cases.lay_out(k, "odd_stride")
+    explanation = flash_ext.explain(q, odd, v)
+    assert explanation.backend == BACKEND
+    assert len(explanation.copies) == 1 and explanation.copies[0].startswith("k:")
+    assert explanation.workspace_bytes == k.numel() * 2
+    assert torch.equal(flash_ext.attention(q, odd, v), flash_ext.attention(q, k, v))
