@@ -6,9 +6,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11'
 CUTLASS := nvidia-cutlass==4.2.0.0
 
-.PHONY: help install demo test gpu resources format clean
+.PHONY: help install demo test emulator bench gpu resources format clean
 help:
-	@echo "make demo | test | gpu | resources | format | clean"
+	@echo "make demo | test | emulator | bench | gpu | resources | format | clean"
 
 $(VENV)/requirements-installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -24,10 +24,23 @@ demo: $(VENV)/requirements-installed
 	$(PIP) install --quiet --no-build-isolation -e '.[demo]'
 	$(VENV)/bin/python examples/train_language_model.py --out output/demo
 
+# The emulator, and the extension's own objects linked against it: FLASH_EXT_EMULATE=sm90 .venv/bin/python ...
+emulator: install
+	$(VENV)/bin/python tests/emulator/build.py --extension
+
 test: $(VENV)/requirements-installed
-	$(PIP) install --quiet --no-build-isolation -e '.[test,demo]'
+	$(PIP) install --quiet --no-build-isolation -e '.[test]'
+	$(VENV)/bin/python tests/emulator/build.py --extension
 	$(VENV)/bin/python tools/resources.py
+	$(VENV)/bin/python tools/static_report.py --check
 	$(VENV)/bin/pytest
+	FLASH_EXT_EMULATE=sm90 $(VENV)/bin/pytest tests/emulated
+	FLASH_EXT_EMULATE=sm80 $(VENV)/bin/pytest tests/emulated
+
+PRESET ?= quick
+bench: $(VENV)/requirements-installed
+	$(PIP) install --quiet --no-build-isolation -e '.[bench]'
+	$(VENV)/bin/python benchmarks/run.py --preset $(PRESET) --json output/bench.json --plot output/bench.png
 
 # On a machine with a GPU, python3, torch, nvcc and ninja; no network needed. FLASH_EXT_WHEELS: a folder with CUTLASS's wheel.
 gpu:

@@ -30,7 +30,16 @@ NVCC_FLAGS = [
     "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "-Xptxas=-v,-warn-spills,-warn-lmem-usage", "--no-compress",
 ]  # fmt: skip
-OP_SOURCES = ["ops.cpp", "host/tensor.cpp", "host/problem.cpp", "host/plan.cpp", "host/device.cpp", "host/tma.cpp", "host/fwd.cpp", "host/bwd.cpp"]
+OP_SOURCES = [
+    "ops.cpp",
+    "host/tensor.cpp",
+    "host/problem.cpp",
+    "host/plan.cpp",
+    "host/device.cpp",
+    "host/tma.cpp",
+    "host/fwd.cpp",
+    "host/bwd.cpp",
+]
 HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/problem.cpp"]
 
 
@@ -75,7 +84,8 @@ class BuildExtension(cpp_extension.BuildExtension):
             raise SystemExit(f"flash_ext: {error}") from None
 
     def _build(self) -> None:
-        folder = Path(self.build_temp).resolve()
+        # Always build/temp.*: an editable install would compile everything again in a temporary folder each time.
+        folder = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         cuda = toolchain.find_cuda()
         if cuda is not None:
             toolchain.check_cuda_major(cuda.version, torch.version.cuda)
@@ -115,12 +125,10 @@ class BuildExtension(cpp_extension.BuildExtension):
             "num_variants": len(rows),
         }
         # As a file, not a -D flag: a quoted JSON object does not survive every shell on the way.
-        variants.write_if_changed(
-            generated / "build_info.h", f"#define FLASH_EXT_BUILD_INFO {json.dumps(json.dumps(info))}\n"
-        )
+        variants.write_if_changed(generated / "build_info.h", f"#define FLASH_EXT_BUILD_INFO {json.dumps(json.dumps(info))}\n")
         pybind = next(p for p in cpp_extension.include_paths() if (Path(p) / "pybind11" / "pybind11.h").exists())
-        flags = quote([*toolchain.HOST_FLAGS, f"-I{ROOT / 'csrc'}", f"-I{generated}", "-isystem", pybind, "-isystem", sysconfig.get_path("include"),
-                       "-include", str(generated / "build_info.h")])  # fmt: skip
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{generated}", "-isystem", pybind, "-isystem", sysconfig.get_path("include")]
+        flags = quote([*toolchain.HOST_FLAGS, *includes, "-include", str(generated / "build_info.h")])
         sources = [ROOT / "csrc" / s for s in HOST_MODULE_SOURCES] + [generated / "variant_table.cpp"]
         objects = [ninja.edge("cxx", ninja.folder / "host_module" / f"{s.stem}.o", [s], flags) for s in sources]
         return ninja.edge("link", self._output("flash_ext._host"), objects)
@@ -131,12 +139,17 @@ class BuildExtension(cpp_extension.BuildExtension):
         nvcc = f"{cuda.nvcc} -MMD -MF $out.d $flags -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; exit 1)"
         ninja.rule("nvcc", nvcc, depfile=True)
         objects = [
-            ninja.edge("nvcc", ninja.folder / "kernels" / f"{unit}.o", [path], quote([*NVCC_FLAGS, *architectures.flags(arch), *includes]))
+            ninja.edge(
+                "nvcc",
+                ninja.folder / "kernels" / f"{unit}.o",
+                [path],
+                quote([*NVCC_FLAGS, *architectures.flags(arch), *includes]),
+            )
             for unit, (arch, path) in kernel_units.items()
         ]
-        torch_includes = [part for path in cpp_extension.include_paths() for part in ("-isystem", path)]
-        flags = quote([*toolchain.HOST_FLAGS, *toolchain.STABLE_ABI_DEFINES, "-DFLASH_EXT_DISPATCH_KEY=CUDA", f"-I{ROOT / 'csrc'}", *torch_includes,
-                       "-isystem", str(cuda.include)])  # fmt: skip
+        defines = [*toolchain.STABLE_ABI_DEFINES, "-DFLASH_EXT_DISPATCH_KEY=CUDA"]
+        system = [part for path in (*cpp_extension.include_paths(), str(cuda.include)) for part in ("-isystem", path)]
+        flags = quote([*toolchain.HOST_FLAGS, *defines, f"-I{ROOT / 'csrc'}", *system])
         sources = [ROOT / "csrc" / s for s in OP_SOURCES] + [generated / n for n in ("variant_table.cpp", "launchers.cpp")]
         objects += [ninja.edge("cxx", ninja.folder / "ops" / f"{s.stem}.o", [s], flags) for s in sources]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", str(cuda.cudart)]

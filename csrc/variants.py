@@ -39,7 +39,11 @@ KERNELS = {
     ("fwd", "sm90"): Kernel("fwd", "sm90/fwd.cuh", "FwdParams", "sm90::flash_fwd_sm90", "sm90::launch_fwd"),
     **{
         ("bwd_preprocess", arch): Kernel(
-            "bwd_preprocess", "common/bwd_preprocess.cuh", "BwdPreprocessParams", "bwd_preprocess", "launch_bwd_preprocess"
+            "bwd_preprocess",
+            "common/bwd_preprocess.cuh",
+            "BwdPreprocessParams",
+            "bwd_preprocess",
+            "launch_bwd_preprocess",
         )
         for arch in ARCHITECTURES
     },
@@ -180,17 +184,20 @@ def table_source(rows: list[Variant]) -> str:
         f"Mask::k_{r.mask or 'none'}, {r.block_m}, {r.block_n}}},"
         for r in rows
     ]
-    return "\n".join(
-        [
-            '#include "host/registry.h"',
-            "namespace flash_ext {",
-            f"static const std::array<Variant, {len(rows)}> kVariants{{{{",
-            *entries,
-            "}};",
-            "std::span<const Variant> variants() { return kVariants; }",
-            "}  // namespace flash_ext",
-        ]
-    ) + "\n"
+    return (
+        "\n".join(
+            [
+                '#include "host/registry.h"',
+                "namespace flash_ext {",
+                f"static const std::array<Variant, {len(rows)}> kVariants{{{{",
+                *entries,
+                "}};",
+                "std::span<const Variant> variants() { return kVariants; }",
+                "}  // namespace flash_ext",
+            ]
+        )
+        + "\n"
+    )
 
 
 def launchers_source(rows: list[Variant]) -> str:

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import autograd as _autograd  # registers the gradients
+from . import autograd as autograd  # registers the gradients
 from .attention import attention
 from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning

@@ -34,7 +34,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return math.isfinite(value) if isinstance(value, (int, float)) else True
+    # By comparisons, because math.isfinite takes no symbolic float.
+    return not (_certain(value != value) or _certain(value == math.inf) or _certain(value == -math.inf))
 
 
 def _type_violations(

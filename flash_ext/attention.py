@@ -102,6 +102,4 @@ def _check_eager(q, k, v, causal, softmax_scale, window_size, softcap, backend) 
     if backend is not None and backend != "reference":
         from .dispatch import require_backend
 
-        require_backend(
-            backend, q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap
-        )
+        require_backend(backend, q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap)

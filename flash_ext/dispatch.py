@@ -64,10 +64,7 @@ def device_name(tensor: Tensor) -> str:
     if tensor.device.type != "cuda" or ops.library_error is not None:
         return "cpu"
     properties = torch.cuda.get_device_properties(tensor.device)
-    return (
-        f"sm{properties.major}{properties.minor}:{properties.multi_processor_count}:"
-        f"{properties.shared_memory_per_block_optin}"
-    )
+    return f"sm{properties.major}{properties.minor}:{properties.multi_processor_count}:{properties.shared_memory_per_block_optin}"
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:

@@ -2,7 +2,7 @@
 
 | op | implemented by |
 |---|---|
-| flash_ext::fwd, flash_ext::bwd | CUDA: _C (plans, launches, or calls the reference op with the reasons); elsewhere: the reference |
+| flash_ext::fwd, flash_ext::bwd | CUDA: _C (launches, or calls the reference op with the reasons); elsewhere the reference |
 | flash_ext::reference_fwd, flash_ext::reference_bwd | flash_ext/reference.py on any device |
 | flash_ext::bwd_preprocess | CUDA: _C; elsewhere flash_ext/reference.py |
 
@@ -25,7 +25,8 @@ _SCORING = "float softmax_scale, bool causal, int window_left, int window_right,
 _library = torch.library.Library("flash_ext", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(
-    f"fwd(Tensor q, Tensor k, Tensor v, {_SCORING}, bool deterministic, str? backend) -> (Tensor out, Tensor lse)", tags=_tags
+    f"fwd(Tensor q, Tensor k, Tensor v, {_SCORING}, bool deterministic, str? backend) -> (Tensor out, Tensor lse)",
+    tags=_tags,
 )
 _library.define(
     f"bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCORING}, bool deterministic, "
@@ -51,7 +52,8 @@ def _scoring(softmax_scale: float, causal: bool, window_left: int, window_right:
 def _reference_fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, reason):
     if reason:
         env.warn_of_fallback("attention (forward)", reason)
-    return reference.forward(q, k, v, _scoring(softmax_scale, causal, window_left, window_right, softcap))
+    with torch.autocast(q.device.type, enabled=False):  # else autocast would run the float32 arithmetic in 16 bits
+        return reference.forward(q, k, v, _scoring(softmax_scale, causal, window_left, window_right, softcap))
 
 
 def _reference_bwd(
@@ -60,7 +62,8 @@ def _reference_bwd(
     if reason:
         env.warn_of_fallback("attention (backward)", reason)
     scoring = _scoring(softmax_scale, causal, window_left, window_right, softcap)
-    return reference.backward(dout, dlse, q, k, v, out, lse, scoring)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.backward(dout, dlse, q, k, v, out, lse, scoring)
 
 
 # --- fwd, bwd and bwd_preprocess where the compiled library does not serve the device ---

@@ -20,6 +20,20 @@ COMPILER_WHEELS = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl
 CUTLASS_WHEEL = "nvidia-cutlass==4.2.0.0"
 BYTES_PER_JOB = 1.5 * 2**30  # a kernel's translation unit peaks below 1 GB; the rest is headroom for the machine
 
+# Of the host code, here and in the emulated build (tests/emulator/build.py).
+HOST_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-missing-field-initializers",
+]
+# The oldest torch that the binary runs with: stable ABI, torch >= 2.10.
+STABLE_ABI_DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+
 NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0a", "Blackwell": "10.0;12.0"}
 
 
@@ -146,7 +160,9 @@ def parse_architectures(text: str | None) -> Architectures:
             )
         arch = int(match[1]) * 10 + int(match[2])
         if arch < 80:
-            raise ToolchainError(f"TORCH_CUDA_ARCH_LIST: compute capability {word} is below 8.0, the lowest that flash_ext supports")
+            raise ToolchainError(
+                f"TORCH_CUDA_ARCH_LIST: compute capability {word} is below 8.0, the lowest that flash_ext supports"
+            )
         if arch == 90:
             sm90 = True
         elif str(arch) not in sm80:

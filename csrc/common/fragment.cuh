@@ -1,4 +1,4 @@
-// Where the elements of a 64-row warpgroup tile live in registers: pure index maps, compared with CuTe in tests/layouts.
+// Where the elements of a 64-row warpgroup tile live in registers: index maps, compared with CuTe in tests/layouts.
 //
 // Accumulator of wgmma m64nNk16 (float32): thread t of the warpgroup holds N/2 values, two rows of N/4 column pairs.
 // A operand in registers (16-bit): four 32-bit registers a thread, each a pair of neighbouring columns.

@@ -46,6 +46,12 @@ __device__ __forceinline__ float fast_log2(float x) {
   return y;
 }
 
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to nearest and packed, `low` in the low half.
 template <class Element>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high);

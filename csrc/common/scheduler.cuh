@@ -1,9 +1,9 @@
 // Which (query tile, head, batch) a persistent CTA works on, round by round: a pure function, tested on the host.
 //
-// Work items are ordered so that K and V stay in L2 and the longest tiles come first: groups of heads outermost (as many
-// as fit the cache budget), then query tiles from the last to the first, then the heads of the group, query heads of one
-// KV head adjacent. CTAs take items in turn, in alternating direction (0 1 2 2 1 0 0 1 ...): with lengths that fall along
-// the order, every CTA gets nearly the same sum.
+// Work items are ordered so that K and V stay in L2 and the longest tiles come first: groups of heads outermost (as
+// many as fit the cache budget), then query tiles from the last to the first, then the heads of the group, query heads
+// of one KV head adjacent. CTAs take items in turn, in alternating direction (0 1 2 2 1 0 0 1 ...): with lengths that
+// fall along the order, every CTA gets nearly the same sum.
 #pragma once
 
 #include "common/math.cuh"
@@ -18,9 +18,9 @@ struct WorkItem {
 
 struct Schedule {
   int num_m_blocks;
-  int num_heads;       // query heads
-  int total_heads;     // batch * num_heads
-  int heads_per_group; // query heads whose K and V share the cache
+  int num_heads;        // query heads
+  int total_heads;      // batch * num_heads
+  int heads_per_group;  // query heads whose K and V share the cache
 
   FX_HOST_DEVICE constexpr int num_items() const { return num_m_blocks * total_heads; }
 

@@ -69,7 +69,7 @@ struct OnlineSoftmax {
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const bool empty = sum == 0.f;  // the largest weight of any other row is about 1; NaN stays NaN
-      normalise[half] = empty ? 0.f : 1.f / sum;
+      normalise[half] = empty ? 0.f : fast_reciprocal(sum);
       lse[half] = empty ? -INFINITY : kLn2 * (scaled_max[half] + fast_log2(sum));
     }
   }

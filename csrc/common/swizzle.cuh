@@ -1,6 +1,6 @@
-// Shared-memory tiles as TMA writes them and wgmma reads them: columns in slabs of 128 bytes, rows of a slab packed
-// 128 bytes apart, 16-byte chunks permuted within groups of eight rows (the 128-byte swizzle). Slabs start at multiples
-// of 1024 bytes, so that the permutation depends on the row alone. Pure index maps, compared with CuTe in tests/layouts.
+// Shared-memory tiles as TMA writes them and wgmma reads them: columns in slabs of 128 bytes, rows of a slab packed 128
+// bytes apart, 16-byte chunks permuted within groups of eight rows (the 128-byte swizzle). Slabs start at multiples of
+// 1024 bytes, so that the permutation depends on the row alone. Index maps, compared with CuTe in tests/layouts.
 #pragma once
 
 #include "common/math.cuh"
@@ -24,8 +24,8 @@ FX_HOST_DEVICE constexpr uint32_t tile_offset(int rows, int row, int col) {
          swizzle_128b(row * kSlabRowBytes + (col % kSlabColumns) * 2);
 }
 
-// A wgmma matrix descriptor with the 128-byte swizzle. Only the low word moves with tile and step, and stepping is 32-bit
-// addition: addresses are in units of 16 bytes and never carry out of their 14 bits.
+// A wgmma matrix descriptor with the 128-byte swizzle. Only the low word moves with tile and step, and stepping is
+// 32-bit addition: addresses are in units of 16 bytes and never carry out of their 14 bits.
 struct WgmmaDescriptor {
   uint32_t low;   // start address / 16 + leading offset / 16 << 16
   uint32_t high;  // stride offset / 16 + swizzle mode << 30
@@ -35,8 +35,8 @@ struct WgmmaDescriptor {
   }
 };
 
-// The same for every operand here. A kernel hides from the compiler that it is a constant where it would otherwise be set
-// again for every wgmma.
+// The same for every operand here. A kernel hides from the compiler that it is a constant where it would otherwise be
+// set again for every wgmma.
 constexpr uint32_t kDescriptorHigh = kSwizzleGroupBytes >> 4 | 1u << 30;
 
 // Low word for Q and K: the contraction runs along the row (K-major), a swizzled layout ignores the leading offset.

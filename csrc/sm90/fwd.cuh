@@ -1,12 +1,13 @@
-// Hopper forward: out = softmax(scale * Q K^T) V and its log-sum-exp. docs/fwd_sm90.md has timeline, barriers, memory map.
+// Hopper forward: out = softmax(scale * Q K^T) V and its log-sum-exp. Timeline, barriers, memory: docs/fwd_sm90.md.
 //
-// A persistent CTA takes tiles of kBlockM queries. Warpgroup 0 is the producer: one thread copies Q, K and V by TMA into
-// rings of stages. Each other warpgroup owns 64 rows of Q and, per tile of kBlockN keys, computes S = Q K^T, the online
-// softmax and O += P V, with S, P and O in registers. Two overlaps keep the tensor cores busy during softmax:
+// A persistent CTA takes tiles of kBlockM queries. Warpgroup 0 is the producer: one thread copies Q, K and V by TMA
+// into rings of stages. Each other warpgroup owns 64 rows of Q and, per tile of kBlockN keys, computes S = Q K^T, the
+// online softmax and O += P V, with S, P and O in registers. Two overlaps keep the tensor cores busy during softmax:
 // within a warpgroup, S of the next tile and P V of the previous one are issued before the softmax of the next tile;
-// between warpgroups, a token (NamedBarrier::kTurn) lets one issue its products while the others do softmax.
+// between warpgroups, a token (NamedBarrier::kTurn0) lets one issue its products while the others do softmax.
 #pragma once
 
+#include <climits>
 #include <cstddef>
 
 #include "common/masks.cuh"
@@ -80,7 +81,7 @@ struct SharedStorage {
   RingBarriers<Config::kStages> v_ring;
 };
 
-// The items of one CTA, the same for every role: f(item, sequence, tiles) for those that have keys to visit or rows to write.
+// The items of one CTA in order, the same for every role: function(item, sequence, tiles).
 template <class Config, class Function>
 __device__ __forceinline__ void for_each_item(const FwdParams& params, Function&& function) {
   const Schedule& schedule = params.schedule;
@@ -89,7 +90,8 @@ __device__ __forceinline__ void for_each_item(const FwdParams& params, Function&
     if (index >= schedule.num_items()) return;
     const WorkItem item = schedule.item(index);
     const Sequence sequence = Config::Seqlens::sequence(params, item.batch);
-    function(item, sequence, Config::Tiles::template tiles<Config::kBlockM, Config::kBlockN>(sequence, item.m_block));
+    function(item, sequence,
+             Config::Tiles::template tiles<Config::kBlockM, Config::kBlockN>(sequence, item.m_block));
   }
 }
 
@@ -97,11 +99,11 @@ __device__ __forceinline__ void for_each_item(const FwdParams& params, Function&
 
 template <class Config>
 __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<Config>& shared) {
-  const auto copy_tile = [](const TensorMap& map, uint64_t* full, void* stage, int rows, int columns, int row, int head,
-                            int batch, CacheHint hint) {
+  const auto copy_tile = [](const TensorMap& map, uint64_t* full, void* stage, int rows, int columns, int row,
+                            int head, int batch, CacheHint hint) {
     for (int column = 0; column < columns; column += kSlabColumns) {
-      tma_load(map, full, static_cast<uint8_t*>(stage) + column / kSlabColumns * rows * kSlabRowBytes, column, row, head,
-               batch, hint);
+      uint8_t* slab = static_cast<uint8_t*>(stage) + column / kSlabColumns * rows * kSlabRowBytes;
+      tma_load(map, full, slab, column, row, head, batch, hint);
     }
   };
   constexpr int kElementBytes = sizeof(typename Config::Element);
@@ -193,8 +195,9 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   const bool elected = lane == 0;
   const int warp_row = warpgroup * kRowsPerWarpgroup + thread / 32 * kRowsPerWarp;  // within the tile of queries
   const uint32_t staging = shared_address(shared.out[warpgroup * 4 + thread / 32]);
-  // From threadIdx, not from the uniform `warpgroup`: barrier numbers stay in registers instead of being moved there.
-  const int my_index = threadIdx.x / kThreadsPerWarpgroup - 1;
+  // Shuffles whose results the compiler cannot derive again: barrier numbers and descriptors then stay in registers
+  // instead of being computed anew for every tile.
+  const int my_index = __shfl_sync(0xffffffffu, threadIdx.x / kThreadsPerWarpgroup - 1, lane);
   const int my_turn = turn_of(my_index);
   const int next_turn = turn_of(my_index + 1 == Config::kNumConsumers ? 0 : my_index + 1);
 
@@ -203,7 +206,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   constexpr uint32_t kQueries = offsetof(Shared, q) / 16, kQueryStage = sizeof(shared.q[0]) / 16;
   constexpr uint32_t kKeys = offsetof(Shared, k) / 16, kKeyStage = sizeof(shared.k[0]) / 16;
   constexpr uint32_t kValues = offsetof(Shared, v) / 16, kValueStage = sizeof(shared.v[0]) / 16;
-  const uint32_t base = shared_address(&shared);
+  const uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);
   // seqlen_k is never negative: this is kDescriptorHigh, but the compiler does not know and keeps it in its register.
   const uint32_t descriptor_high = kDescriptorHigh + (params.seqlen_k >> 31);
   const WgmmaDescriptor q_major{k_major_descriptor(base), kDescriptorHigh};
@@ -366,16 +369,20 @@ __device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
   }
 }
 
-// kernel: the variant's entry, an instance of flash_fwd_sm90<Config>. The caller has checked sizes, dtype and alignment.
+// kernel: the variant's entry, an instance of flash_fwd_sm90<Config>. Sizes, dtype and alignment have been checked.
 template <class Config, class Kernel>
 cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
   static_assert(kSharedBytes <= 227 * 1024, "a Hopper CTA has at most 227 KB of shared memory");
 
+  const int num_m_blocks = ceil_div(params.seqlen_q, Config::kBlockM);
+  const int64_t num_items = int64_t(num_m_blocks) * params.num_heads * params.batch;
+  if (num_items == 0) return cudaSuccess;
+  // Item numbers are ints, and the last round goes past the end.
+  if (num_items + 2 * params.num_ctas > INT_MAX) return cudaErrorInvalidConfiguration;
   const int64_t kv_bytes = int64_t(params.seqlen_k) * (Config::kHeadDim + Config::kHeadDimV) * 2;
-  params.schedule = make_schedule(ceil_div(params.seqlen_q, Config::kBlockM), params.batch, params.num_heads,
-                                  params.num_heads_kv, kv_bytes);
-  if (params.schedule.num_items() == 0) return cudaSuccess;
+  params.schedule =
+      make_schedule(num_m_blocks, params.batch, params.num_heads, params.num_heads_kv, kv_bytes);
 
   cudaError_t status = encode_tensor_map(&params.q_map, {params.q, params.q_strides, params.batch, params.seqlen_q,
                                                          params.num_heads, Config::kHeadDim, Config::kBlockM});

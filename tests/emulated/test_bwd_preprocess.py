@@ -48,6 +48,8 @@ def test_unaligned_rows_are_copied(schedule) -> None:
     lse = torch.randn(1, 2, 30, generator=generator)
     odd = torch.empty(1, 30, 2, 65, dtype=torch.bfloat16)[..., :64].copy_(out)
     for a, b in zip(
-        torch.ops.flash_ext.bwd_preprocess(odd, dout, lse, None), torch.ops.flash_ext.bwd_preprocess(out, dout, lse, None), strict=True
+        torch.ops.flash_ext.bwd_preprocess(odd, dout, lse, None),
+        torch.ops.flash_ext.bwd_preprocess(out, dout, lse, None),
+        strict=True,
     ):
         assert torch.equal(a, b)

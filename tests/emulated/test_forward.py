@@ -58,9 +58,7 @@ def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, schedule) 
     for name in ("plain", "late", "adversarial1", "adversarial2", "adversarial3"):
         schedule(name, sms=num_sms)
         with cases.poisoned_memory():
-            results.append(
-                flash_ext.attention(tensors.q, tensors.k, tensors.v, **case.options, return_lse=True, backend=BACKEND)
-            )
+            results.append(flash_ext.attention(tensors.q, tensors.k, tensors.v, **case.options, return_lse=True, backend=BACKEND))
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
