@@ -14,6 +14,7 @@ $(VENV)/requirements-installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)" $(BUILD_REQUIREMENTS)
 	$(PIP) install --quiet --no-deps $(CUTLASS)
+	@missing="$$($(VENV)/bin/python tools/toolchain.py)"; [ -z "$$missing" ] || $(PIP) install --quiet $$missing
 	touch $@
 
 # Editable, so that Python edits take effect at once; a second install compiles only the kernels that changed.

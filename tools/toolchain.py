@@ -193,3 +193,13 @@ def check_cuda_major(nvcc_version: tuple[int, int], torch_cuda: str | None) -> N
             "equal. Point CUDA_HOME at a matching toolkit, or install the matching torch. If torch here is the one of an "
             "isolated build, use: pip install --no-build-isolation ."
         )
+
+
+def main() -> None:
+    """Print what to pip install before a build: the pinned compiler wheels where no nvcc is found, nothing otherwise."""
+    if find_cuda() is None:
+        print(" ".join(f"{name}==13.0.*" for name in COMPILER_WHEELS.split()))
+
+
+if __name__ == "__main__":
+    main()
