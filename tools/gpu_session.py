@@ -231,9 +231,7 @@ def print_environment() -> int:
             print(f"{name} is missing")
     print("commit:", _output_of("git", "rev-parse", "HEAD").splitlines()[0])
     cuda = toolchain.find_cuda()
-    print(
-        f"nvcc {cuda.version[0]}.{cuda.version[1]} at {cuda.nvcc} ({cuda.found_by})" if cuda else toolchain.MISSING_NVCC
-    )
+    print(f"nvcc {cuda.version[0]}.{cuda.version[1]} at {cuda.nvcc} ({cuda.found_by})" if cuda else toolchain.MISSING_NVCC)
     print(f"CUTLASS's headers: {toolchain.find_cutlass()}")
     import torch
 
