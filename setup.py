@@ -90,7 +90,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         if cuda is not None:
             toolchain.check_cuda_major(cuda.version, torch.version.cuda)
         architectures = toolchain.parse_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
-        rows = variants.select(architectures.groups if cuda else ())
+        try:
+            rows = variants.select(architectures.groups if cuda else ())
+        except ValueError as error:  # FLASH_EXT_VARIANTS matches nothing
+            raise toolchain.ToolchainError(str(error)) from None
         generated = folder / "generated"
         kernel_units = variants.generate(generated, rows)
         ninja = NinjaFile(folder)

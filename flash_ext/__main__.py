@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import __version__, ops
+from . import __version__, env, ops
 from .dispatch import _host
 
 
@@ -56,6 +56,8 @@ def main() -> None:
         ("kernels", "loaded" if ops.library_error is None else ops.library_error),
         ("GPUs", "; ".join(gpus) or "none"),
     ]  # fmt: skip
+    if env.EMULATE:
+        rows.append(("emulating", f"{env.EMULATE} with {env.EMULATE_SMS} SMs: calls on CPU tensors run in the emulator"))
     for name, value in rows:
         print(f"{name:11} {value}")
     print(f"{'variants':11} {len(variants)}")

@@ -161,7 +161,7 @@ def _load_library() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} could not be loaded: {error}"
+        return f"{path.name} could not be loaded: {error.__cause__ or error}"  # the cause names what dlopen missed
     return None
 
 

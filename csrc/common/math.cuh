@@ -32,6 +32,25 @@ FX_HOST_DEVICE constexpr T max_of(T a, T b) {
   return a < b ? b : a;
 }
 
+// Division by a number known before the launch: a multiplication and a shift, exact for numerators below 2^31.
+struct Divisor {
+  uint32_t multiplier;  // 0 for the divisor 1
+  uint32_t shift;
+
+  FX_HOST_DEVICE constexpr int divide(int n) const {
+    return multiplier == 0 ? n : static_cast<int>((uint64_t(uint32_t(n)) * multiplier >> 32) >> shift);
+  }
+};
+
+// divisor > 0. With 2^bits the least power of two not below it, n / divisor = n * ceil(2^(31 + bits) / divisor) >>
+// (31 + bits): the rounded-up factor is off by less than 2^-31 relative.
+constexpr Divisor make_divisor(int divisor) {
+  uint32_t bits = 0;
+  while ((uint64_t(1) << bits) < uint64_t(divisor)) ++bits;
+  if (bits == 0) return {0, 0};
+  return {static_cast<uint32_t>(ceil_div<uint64_t>(uint64_t(1) << (31 + bits), divisor)), bits - 1};
+}
+
 #ifdef __CUDACC__
 // 2^x in one MUFU; subnormal results become 0.
 __device__ __forceinline__ float fast_exp2(float x) {

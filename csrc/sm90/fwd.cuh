@@ -233,7 +233,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   };
   const auto issue_output = [&] {
     const uint32_t v_step = kValues + v_state.stage * kValueStage;
-    wgmma_fence();
+    wgmma_fence();  // within `step` the one before S would do, but ptxas wants one before each product (C7519)
 #pragma unroll
     for (int step = 0; step < Config::kBlockN / 16; ++step) {
       Wgmma<Element, Config::kHeadDimV>::rs(acc_o, &p_regs[4 * step], mn_major.at(v_step + mn_major_step(step)));
@@ -327,9 +327,13 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
     float normalise[2], lse[2];
     softmax.finish(normalise, lse);
 #pragma unroll
-    for (int i = 0; i < kNumAccO; ++i) {
-      const float factor = normalise[acc_half(i)];
-      acc_o[i] = factor == 0.f ? 0.f : acc_o[i] * factor;  // hidden values may be NaN, and NaN * 0 is NaN
+    for (int i = 0; i < kNumAccO; ++i) acc_o[i] *= normalise[acc_half(i)];
+    // Rows without keys: the hidden values that met their zero weights may have been NaN.
+    if (normalise[0] == 0.f || normalise[1] == 0.f) {
+#pragma unroll
+      for (int i = 0; i < kNumAccO; ++i) {
+        if (normalise[acc_half(i)] == 0.f) acc_o[i] = 0.f;
+      }
     }
     typename Config::Output output(params, sequence, item.head, first_row);
     output.store_lse(lse, lane);

@@ -29,7 +29,7 @@ def test_statistics(seqlen_q: int, head_dim_v: int, dtype: torch.dtype, with_dls
     delta, lse_log2 = torch.ops.flash_ext.bwd_preprocess(out, dout, lse, dlse)
     (report,) = _emulator.reports()
     covered = next(d for d in (64, 128, 256) if d >= head_dim_v)
-    assert report["kernel"] == f"bwd_preprocess_{KERNEL_ARCH}_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_d{covered}"
+    assert report.kernel == f"bwd_preprocess_{KERNEL_ARCH}_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_d{covered}"
 
     expected = (out.double() * dout.double()).sum(-1).transpose(1, 2) - (0 if dlse is None else dlse.double())
     expected = expected.masked_fill(lse.isinf(), 0.0)

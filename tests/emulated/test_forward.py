@@ -45,7 +45,7 @@ def test_case(name: str, dtype: torch.dtype, schedule) -> None:
     schedule("checks" if dtype == torch.bfloat16 else "plain")
     _emulator.reset_reports()
     cases.check_case(COVERED[name], "cpu", dtype, backend=BACKEND)
-    ran = {report["kernel"] for report in _emulator.reports()}
+    ran = {report.kernel for report in _emulator.reports()}
     empty = 0 in (COVERED[name].batch, COVERED[name].seqlen_q)
     assert ran == (set() if empty else {planned(COVERED[name], dtype).variant})
 

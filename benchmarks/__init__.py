@@ -1,0 +1,1 @@
+"""Measurements of attention: python benchmarks/run.py --help."""

@@ -1,0 +1,310 @@
+"""The implementations that are measured. One that is absent, or does not cover a case, says why; it never fails a run.
+
+Every implementation gets the same tensors, (batch, seqlen, heads, head_dim) contiguous, and gives out in that shape; a
+transposed view, as SDPA wants, costs nothing. Gradients come from torch.autograd.grad for all of them alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import flash_ext
+
+from .presets import Case
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class NotCovered(Exception):
+    """This implementation does not compute this case; the message says why."""
+
+
+class Implementation:
+    """peer: somebody else's work, that ours is compared with. ours: wrong results and crashes fail the run."""
+
+    name = ""
+    title = ""
+    peer = True
+
+    def absent(self, device: str) -> str | None:
+        """Why it cannot be had here, or None."""
+        return None
+
+    def bind(self, case: Case, device: str) -> Attend:
+        """The function of q, k, v that computes the case. NotCovered where there is none."""
+        raise NotImplementedError
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise NotCovered(reason)
+
+
+class FlashExt(Implementation):
+    """Our compiled kernels. A fallback to the reference is an error here: FLASH_EXT_STRICT makes it one."""
+
+    name, title, peer = "flash_ext", "flash_ext", False
+
+    def version(self) -> str:
+        return f"flash_ext {flash_ext.__version__}"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.dtype in ("bf16", "fp16"), f"no kernel takes {case.dtype}")
+        options = _options_of_ours(case)
+        shapes = [torch.empty(shape, dtype=getattr(torch, _LONG[case.dtype]), device=device) for shape in case.shapes()[:3]]
+        plan = flash_ext.explain(*shapes, **options)
+        reasons = plan.rejected.get("sm90") or plan.rejected.get("sm80") or ("the device is not a GPU",)
+        _require(plan.backend != "reference", "; ".join(reasons))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flash_ext.attention(q, k, v, **options)
+
+        return attend
+
+
+_LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _options_of_ours(case: Case) -> dict[str, Any]:
+    _require(not case.lengths and not case.prefix, f"attention has no argument for a {case.mask} mask")
+    return {"causal": case.causal, "window_size": case.window}
+
+
+class Reference(Implementation):
+    """The tiled reference of flash_ext, on any device; packed sequences one after another."""
+
+    name, title, peer = "reference", "flash_ext reference", False
+
+    def version(self) -> str:
+        return f"flash_ext {flash_ext.__version__}"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.dtype != "fp8", "it takes no fp8")
+        _require(not case.prefix, "attention has no argument for a prefix mask")
+        return _each_sequence(case, lambda q, k, v: flash_ext.attention(
+            q, k, v, causal=case.causal, window_size=case.window, backend="reference"))  # fmt: skip
+
+
+def _each_sequence(case: Case, attend: Attend) -> Attend:
+    if not case.lengths:
+        return attend
+
+    def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(t.split(list(case.lengths), 1) for t in (q, k, v)), strict=True)
+        return torch.cat([attend(*part) for part in parts], 1)
+
+    return each
+
+
+class Sdpa(Implementation):
+    """scaled_dot_product_attention with one of torch's backends."""
+
+    def __init__(self, name: str, title: str, backend: SDPBackend, masks: bool) -> None:
+        self.name, self.title, self._backend, self._masks = name, title, backend, masks
+
+    def absent(self, device: str) -> str | None:
+        if device == "cpu" and self._backend == SDPBackend.CUDNN_ATTENTION:
+            return "it needs a CUDA GPU"
+        return None
+
+    def version(self) -> str:
+        cudnn = torch.backends.cudnn.version() if self.name == "cudnn" else None
+        return f"torch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else "")
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.dtype != "fp8", "torch's SDPA takes no fp8")
+        _require(not case.causal or case.seqlen_q == case.seqlen_k, "torch's is_causal is aligned to the top left")
+        if case.lengths and self.name == "fa2" and device == "cuda":
+            return _torch_varlen(case)
+        if case.lengths and self.name == "math":
+            return _each_sequence(case, self._call(case.causal, None))
+        _require(case.plain or self._masks, f"it has no {case.mask} mask")
+        if case.plain:
+            return self._call(case.causal, None)
+        return self._call(False, case.visible(torch.arange(case.seqlen_q, device=device)))
+
+    def _call(self, causal: bool, mask: Tensor | None) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(self._backend):
+                out = scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
+                    enable_gqa=q.shape[2] != k.shape[2],
+                )  # fmt: skip
+            return out.transpose(1, 2)
+
+        return attend
+
+
+def _cumulative(lengths: tuple[int, ...], device: str) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+
+
+def _torch_varlen(case: Case) -> Attend:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise NotCovered(f"torch {torch.__version__} has no varlen_attn") from None
+    ends, longest = _cumulative(case.lengths, "cuda"), max(case.lengths)
+    # torch 2.10 has is_causal, later ones a window.
+    window = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    options = window if case.causal else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, **options)[None]
+
+    return attend
+
+
+class Flex(Implementation):
+    """FlexAttention, compiled for each case; its mask is a BlockMask made beforehand."""
+
+    name, title = "flex", "FlexAttention"
+    compiler: Callable[..., Any] = staticmethod(torch.compile)
+
+    def absent(self, device: str) -> str | None:
+        if device != "cuda":
+            return "its compiled kernels need a CUDA GPU"
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        from torch._functorch import config
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        _require(case.dtype != "fp8", "FlexAttention takes no fp8")
+        config.donated_buffer = False  # lets the backward run twice over one forward, as it is timed
+        visible = _mask_mod(case, device)
+        block_mask = None
+        if visible is not None:
+            block_mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, device=device)
+        compiled = self.compiler(flex_attention, dynamic=False)
+        gqa = case.heads != case.heads_kv
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            heads_first = (t.transpose(1, 2) for t in (q, k, v))
+            return compiled(*heads_first, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
+
+        return attend
+
+
+def _mask_mod(case: Case, device: str) -> Callable[..., Tensor] | None:
+    if case.plain and not case.causal:
+        return None
+    offset = case.seqlen_k - case.seqlen_q
+    owner = case.owners(device) if case.lengths else None
+    (left, right), prefix, causal = case.window, case.prefix, case.causal
+
+    def visible(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        distance = key - row - offset
+        keep = distance <= (0 if causal else right) if causal or right >= 0 else key >= 0
+        if left >= 0:
+            keep = keep & (distance >= -left)
+        if prefix:
+            keep = keep | (key < prefix)
+        if owner is not None:
+            keep = keep & (owner[row] == owner[key])
+        return keep
+
+    return visible
+
+
+FA3_VARIABLE = "FLASH_EXT_BENCH_FA3"
+FA3_LIBRARY = "_vllm_fa3_C.abi3.so"
+
+
+class FlashAttention3(Implementation):
+    """FlashAttention-3's forward from the library that vllm's wheel carries; nothing else of vllm is imported."""
+
+    name, title = "fa3", "FlashAttention-3"
+
+    def __init__(self) -> None:
+        self._forward: Callable[..., list[Tensor]] | None = None
+
+    def library(self) -> Path | None:
+        given = os.environ.get(FA3_VARIABLE)
+        if given:
+            return Path(given)
+        spec = importlib.util.find_spec("vllm")
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            path = Path(folder) / "vllm_flash_attn" / FA3_LIBRARY
+            if path.is_file():
+                return path
+        return None
+
+    def absent(self, device: str) -> str | None:
+        if self._forward is not None:
+            return None
+        path = self.library()
+        if path is None:
+            return f"no library: point {FA3_VARIABLE} at {FA3_LIBRARY} of the vllm wheel, or install vllm"
+        if not path.is_file():
+            return f"{FA3_VARIABLE}={path} is not a file"
+        if device != "cuda":
+            return "it needs a CUDA GPU"
+        try:
+            torch.ops.load_library(str(path))
+            self._forward = torch.ops._vllm_fa3_C.fwd
+        except (OSError, AttributeError, RuntimeError) as error:
+            return f"{path.name} cannot be loaded: {str(error).splitlines()[0]}"
+        return None
+
+    def version(self) -> str:
+        path = self.library()
+        return path.name if path else ""
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.direction == "fwd", "this library has no backward")
+        _require(case.dtype != "fp32", "it takes no fp32")
+        _require(not case.prefix, f"it has no {case.mask} mask")
+        forward = self._forward
+        ends = _cumulative(case.lengths, device) if case.lengths else None
+        longest = max(case.lengths) if case.lengths else None
+        sequences = len(case.lengths) or case.batch
+        descale = None
+        if case.dtype == "fp8":
+            descale = torch.ones(sequences, case.heads_kv, device=device)
+        left, right = case.window
+        splits = 0 if case.seqlen_q == 1 else 1  # 0: as many as its own heuristic finds good
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if case.lengths:
+                q, k, v = q[0], k[0], v[0]
+            out = forward(
+                q, k, v, None, None, None, None,  # k_new, v_new, q_v, out
+                ends, ends, None, None, None,  # cu_seqlens q, k, k_new; seqused q, k
+                longest, longest, None, None, None,  # max_seqlen q, k; page_table, kv_batch_idx, leftpad_k
+                None, None, None,  # rotary cos, sin; seqlens_rotary
+                descale, descale, descale,
+                case.head_dim**-0.5, case.causal, left, 0 if case.causal else right, 0.0,  # scale, causal, window, softcap
+                False, None,  # is_rotary_interleaved, scheduler_metadata
+                splits, None, 0, None,  # num_splits, pack_gqa, sm_margin, s_aux
+                1, 0, None,  # cp_world_size, cp_rank, cp_tot_seqused_k
+            )[0]  # fmt: skip
+            return out[None] if case.lengths else out
+
+        return attend
+
+
+def implementations() -> dict[str, Implementation]:
+    found = (
+        FlashExt(),
+        Sdpa("cudnn", "cuDNN", SDPBackend.CUDNN_ATTENTION, masks=True),
+        Sdpa("fa2", "FlashAttention-2", SDPBackend.FLASH_ATTENTION, masks=False),
+        FlashAttention3(),
+        Flex(),
+        Sdpa("math", "unfused", SDPBackend.MATH, masks=True),
+        Reference(),
+    )
+    return {each.name: each for each in found}

@@ -1,0 +1,95 @@
+"""docs/performance.md from the stored runs in benchmarks/results; also merges the pieces of one run.
+
+python benchmarks/render_performance.py                      write docs/performance.md
+python benchmarks/render_performance.py --merge OUT A B ...  join the pieces of a preset (--part K/N) into OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import report
+from benchmarks.presets import PRESETS, default_passes
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+PEERS = ("cudnn", "fa2", "fa3", "flex")
+
+INTRODUCTION = """# Performance
+
+Written by `python benchmarks/render_performance.py` from the runs in `benchmarks/results/`; do not edit. Every number
+here was measured by this project, in one run beside its peers and the machine's own ceilings.
+`make gpu-bench` repeats a run on your GPU, and `python benchmarks/run.py --help` says what else there is to measure.
+"""
+NOTHING = """**Nothing has been measured on a GPU yet.** No speed of flash_ext is known; whoever states one did not get it here.
+"""
+
+
+def stored() -> list[report.Run]:
+    """The runs kept in the repository, the newest first."""
+    return sorted((report.load(path) for path in RESULTS.glob("*.json")), key=lambda run: run["date"], reverse=True)
+
+
+def _measured(runs: list[report.Run]) -> set[tuple[str, str, str, str]]:
+    """(preset, pass, dtype, implementation) with at least one time on a GPU."""
+    return {
+        (run["preset"], row["case"]["direction"], row["case"]["dtype"], name)
+        for run in runs
+        for row in run["cases"]
+        for name, outcome in row["implementations"].items()
+        if outcome["status"] == "timed" and run["machine"]["device"] == "cuda"
+    }
+
+
+def _not_measured(runs: list[report.Run]) -> list[str]:
+    measured, lines = _measured(runs), []
+    for preset, (what, _) in PRESETS.items():
+        for direction in default_passes(preset):
+            missing = [n for n in ("flash_ext", *PEERS) if (preset, direction, "bf16", n) not in measured]
+            if missing:
+                lines.append(f"- {preset}, {direction}, bf16 ({what}): {', '.join(missing)}")
+    for dtype in ("fp16", "fp8"):
+        if not any(d == dtype for _, _, d, _ in measured):
+            lines.append(f"- everything in {dtype}")
+    if not any("energy" in o for run in runs for row in run["cases"] for o in row["implementations"].values()):
+        lines.append("- energy, of anything")
+    return lines
+
+
+def page(runs: list[report.Run]) -> str:
+    parts = [INTRODUCTION]
+    on_gpu = [run for run in runs if run["machine"]["device"] == "cuda"]
+    if not on_gpu:
+        parts.append(NOTHING)
+    for run in on_gpu:
+        parts.append(f"## {run['preset']}: {run['machine']['gpu']}, {run['date'][:10]}, commit {run['commit']}\n")
+        parts.append(report.markdown(run))
+    missing = _not_measured(runs)
+    if missing:
+        parts.append("## Not measured\n\n" + "\n".join(missing) + "\n")
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="OUT, then the pieces")
+    arguments = parser.parse_args(argv)
+    if arguments.merge:
+        out, *pieces = arguments.merge
+        if not pieces:
+            parser.error("--merge takes the file to write and then the pieces: --merge all.json part1.json part2.json")
+        report.save(report.merge([report.load(piece) for piece in pieces]), out)
+    else:
+        PAGE.write_text(page(stored()))
+        print(f"wrote {PAGE.relative_to(ROOT)} from {len(stored())} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""The planner, asked through `_host` and through explain/supported, without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import flash_ext
+from flash_ext import dispatch
+
+host = pytest.importorskip("flash_ext._host")
+BUILD = json.loads(host.build_info_json)
+VARIANTS = {row["name"]: row for row in host.variants()}
+needs_sm90 = pytest.mark.skipif("fwd_sm90_bf16_d128_causal" not in VARIANTS, reason="this build has no sm90 forward kernels")
+
+# name -> (capability, SMs, shared memory a CTA may opt in to, KiB): NVIDIA's data sheets of A100, 3090, 4090, H100, B200, 5090.
+DEVICES = {
+    "sm80": (80, 108, 163), "sm86": (86, 82, 99), "sm89": (89, 128, 99), "sm90": (90, 132, 227), "sm100": (100, 148, 227),
+    "sm120": (120, 170, 99),
+}  # fmt: skip
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def call(seqlen_q: int = 1000, seqlen_k: int = 1000, heads: int = 8, heads_kv: int = 8, head_dim: int = 128, dtype=torch.bfloat16) -> tuple:
+    k = meta(2, seqlen_k, heads_kv, head_dim, dtype=dtype)
+    return meta(2, seqlen_q, heads, head_dim, dtype=dtype), k, k
+
+
+def layout(*sizes: int, strides: tuple | None = None, aligned: bool = True) -> tuple:
+    contiguous = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
+    return sizes, strides or contiguous, aligned
+
+
+def plan(device: str = "sm90", **changes: Any) -> dict:
+    arguments = {
+        "dtype": "bfloat16", "q": layout(2, 1000, 8, 128), "k": layout(2, 1000, 2, 128), "v": layout(2, 1000, 2, 128),
+        "softmax_scale": 0.1, "causal": True, "window_left": -1, "window_right": -1, "softcap": 0.0, "backend": "",
+    }  # fmt: skip
+    return host.plan_fwd(device=device, **{**arguments, **changes})
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_named_devices(name: str) -> None:
+    arch, sms, kib = DEVICES[name]
+    assert host.device_info(name) == (arch, sms, kib * 1024)
+    assert host.device_info(f"{name}:78") == (arch, 78, kib * 1024)
+
+
+def test_a_device_in_full() -> None:
+    assert host.device_info("sm103:148:232448") == (103, 148, 232448)
+    assert host.device_info("cpu") == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ("", "sm75", "sm91", "sm90:", "sm90:0", "sm90:-4", "sm90:x", "sm90:132:1:1", "cpu:3", "SM90", "sm90 ", "h100"))
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(ValueError, match="device_info must be one of") as info:
+        host.device_info(name)
+    assert f"got '{name}'" in str(info.value)
+    with pytest.raises(ValueError, match="device_info must be one of sm80|device_info must be one of cpu, sm80"):
+        flash_ext.explain(*call(), device_info=name)
+
+
+def test_explain_takes_a_name_only() -> None:
+    for wrong in (90, ("sm90",), "cpu"):
+        with pytest.raises(ValueError, match="device_info must be one of"):
+            flash_ext.explain(*call(), device_info=wrong)
+    assert set(dispatch.DEVICES) == set(DEVICES)
+
+
+# --- the table ---
+
+
+def test_variants_are_the_table_of_csrc(variants_module: Any) -> None:
+    built = set(VARIANTS)
+    rows = {row.name: row for row in variants_module.VARIANTS}
+    assert built <= set(rows)
+    groups = {f"sm{v['arch']}" for v in VARIANTS.values()}
+    if built and len(rows) != BUILD["num_variants"]:
+        pytest.skip("this build holds a subset (FLASH_EXT_VARIANTS or TORCH_CUDA_ARCH_LIST)")
+    assert groups == set(BUILD["architectures"])
+    assert BUILD["num_variants"] == len(built)
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    for name, row in VARIANTS.items():
+        source = rows[name]
+        assert row == {
+            "name": source.name, "op": source.op, "arch": int(source.arch[2:]), "dtype": dtypes[source.dtype],
+            "head_dim": source.head_dim, "head_dim_v": source.head_dim_v, "tile": (source.block_m, source.block_n),
+        }  # fmt: skip
+
+
+def test_names_are_unique_and_say_what_they_are(variants_module: Any) -> None:
+    names = [row.name for row in variants_module.VARIANTS]
+    assert len(names) == len(set(names))
+    for row in variants_module.VARIANTS:
+        assert row.name.startswith(f"{row.op}_{row.arch}_{row.dtype}_d{row.head_dim}")
+
+
+# --- the forward's plan ---
+
+
+@needs_sm90
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("causal", (False, True))
+def test_hopper_takes_its_kernels(dtype: str, head_dim: int, causal: bool) -> None:
+    q, k = layout(2, 1000, 8, head_dim), layout(2, 1000, 2, head_dim)
+    got = plan(dtype=dtype, q=q, k=k, v=k, causal=causal)
+    short = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    name = f"fwd_sm90_{short}_d{head_dim}_{'causal' if causal else 'full'}"
+    assert (got["backend"], got["variant"], got["copies"], got["workspace_bytes"]) == ("sm90", name, [], 0)
+    assert got["tile"] == VARIANTS[name]["tile"]
+    tiles = -(-1000 // got["tile"][0]) * 8 * 2
+    assert got["grid"] == (min(132, tiles), 1, 1) and plan("sm90:7", dtype=dtype, q=q, k=k, v=k, causal=causal)["grid"] == (7, 1, 1)
+    assert set(got["rejected"]) == {"sm80", "reference"}
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    ("changes", "mask"),
+    [
+        ({"causal": False, "window_right": 0}, "causal"),  # the causal mask by another name
+        ({"causal": False, "window_left": 999}, "full"),  # a side that hides no key
+        ({"causal": False, "window_right": 999}, "full"),
+        ({"causal": True, "window_left": 5000}, "causal"),
+        ({"q": layout(2, 1, 8, 128)}, "full"),  # one query sees every key
+        ({"causal": False}, "full"),
+    ],
+    ids=str,
+)
+def test_options_come_to_the_simplest_mask(changes: dict, mask: str) -> None:
+    assert plan(**changes)["variant"] == f"fwd_sm90_bf16_d128_{mask}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float32"}, "no compiled kernel takes float32"),
+        ({"dtype": "float64"}, "no compiled kernel takes float64"),
+        ({"q": layout(2, 9, 8, 96), "k": layout(2, 9, 2, 96), "v": layout(2, 9, 2, 96)}, "no compiled kernel has head_dim 96"),
+        ({"v": layout(2, 1000, 2, 72)}, "no compiled kernel has head_dim 128 with head_dim_v 72"),
+        ({"window_left": 998}, "no compiled kernel has window_size (998, 0)"),
+        ({"causal": False, "window_right": 7}, "no compiled kernel has window_size (-1, 7)"),
+        ({"softcap": 30.0}, "no compiled kernel has softcap"),
+        ({"q": layout(2**29, 1000, 8, 128)}, "batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers"),
+    ],
+    ids=str,
+)
+@needs_sm90
+def test_reasons_why_not(changes: dict, reason: str) -> None:
+    got = plan(**changes)
+    assert got["backend"] == "reference" and got["variant"] == "" and got["rejected"]["sm90"] == [reason]
+    assert got["rejections_as_text"].startswith(f"sm90: {reason}; sm80: ")
+    several = plan(**{**changes, "softcap": 30.0, "window_left": 1})
+    assert len(several["rejected"]["sm90"]) >= 2
+
+
+@needs_sm90
+@pytest.mark.parametrize("device", ("sm80", "sm86", "sm89", "sm100", "sm120"))
+def test_hopper_code_runs_on_hopper_alone(device: str) -> None:
+    got = plan(device)
+    major, minor = divmod(DEVICES[device][0], 10)
+    assert got["rejected"]["sm90"] == [f"needs compute capability 9.0, this GPU has {major}.{minor}"]
+
+
+def test_cpu_tensors_run_on_the_reference() -> None:
+    got = plan("cpu")
+    assert got["backend"] == "reference" and got["grid"] == (0, 0, 0)
+    assert got["rejected"] == {name: ["the tensors are not on a CUDA device"] for name in ("sm90", "sm80")}
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    ("sizes", "strides", "aligned", "copied"),
+    [
+        ((2, 1000, 8, 128), (1024000, 1024, 128, 1), True, False),
+        ((2, 1000, 8, 128), (1024000, 1024, 128, 1), False, True),
+        ((2, 1000, 8, 128), (1032000, 1032, 129, 1), True, True),
+        ((2, 1000, 8, 128), (8 * 1000 * 136, 8 * 136, 136, 1), True, False),  # rows of 272 bytes: a multiple of 16
+        ((2, 1000, 8, 128), (0, 1024, 128, 1), True, False),  # expanded
+        ((2, 1000, 8, 128), (1024000, 1024, 0, 1), True, False),
+        ((1, 1000, 8, 128), (3, 1024, 128, 1), True, False),  # the stride of a dimension of one element
+        ((2, 1000, 8, 128), (1024001, 1024, 128, 1), True, True),
+    ],
+    ids=str,
+)
+def test_copies(sizes: tuple, strides: tuple, aligned: bool, copied: bool) -> None:
+    k = layout(sizes[0], 1000, 8, 128)
+    got = plan(q=layout(*sizes, strides=strides, aligned=aligned), k=k, v=k)
+    assert [c.split(":")[0] for c in got["copies"]] == (["q"] if copied else [])
+    assert got["workspace_bytes"] == (2 * 2 * 1000 * 8 * 128 if copied else 0)
+
+
+@needs_sm90
+def test_huge_problems_are_planned() -> None:
+    """More than 2^31 elements, and a batch beyond 65535: sizes stay 64-bit and the grid stays one-dimensional."""
+    big = plan(q=layout(70000, 4096, 32, 128), k=layout(70000, 4096, 8, 128), v=layout(70000, 4096, 8, 128))
+    assert (big["backend"], big["grid"]) == ("sm90", (132, 1, 1))
+    odd = plan(q=layout(64, 65536, 32, 128, aligned=False), k=layout(64, 8, 8, 128), v=layout(64, 8, 8, 128))
+    assert odd["workspace_bytes"] == 64 * 65536 * 32 * 128 * 2
+    nothing = plan(q=layout(0, 5, 8, 128), k=layout(0, 5, 2, 128), v=layout(0, 5, 2, 128))
+    assert nothing["backend"] == "sm90" and min(nothing["grid"]) == 1
+
+
+def test_a_backend_asked_for() -> None:
+    assert plan(backend="reference")["backend"] == "reference"
+    assert plan("cpu", backend="sm90")["backend"] == ""
+    assert plan("sm86", backend="sm90")["backend"] == ""
+    assert plan(backend="sm80")["backend"] in ("", "sm80")
+
+
+def test_plan_bwd_names_its_reasons() -> None:
+    k = layout(2, 9, 2, 128)
+    got = host.plan_bwd(
+        device="cpu", dtype="bfloat16", q=layout(2, 9, 8, 128), k=k, v=k, softmax_scale=0.1, causal=False, window_left=-1,
+        window_right=-1, softcap=0.0, backend="",
+    )  # fmt: skip
+    assert got["backend"] == "reference" and set(got["rejected"]) == {"sm90", "sm80"}
+
+
+# --- the backward's first step ---
+
+
+@pytest.mark.skipif(not any(v["op"] == "bwd_preprocess" for v in VARIANTS.values()), reason="this build has no kernels")
+@pytest.mark.parametrize(("head_dim_v", "row"), [(8, 64), (64, 64), (72, 128), (128, 128), (136, 256), (256, 256), (264, None)])
+def test_plan_bwd_preprocess(head_dim_v: int, row: int | None) -> None:
+    for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
+        for device in DEVICES:
+            arch = "sm90" if device == "sm90" else "sm80"
+            expected = f"bwd_preprocess_{arch}_{short}_d{row}" if row else ""
+            if expected and expected not in VARIANTS:
+                continue
+            assert host.plan_bwd_preprocess(device=device, dtype=dtype, head_dim_v=head_dim_v) == expected
+    assert host.plan_bwd_preprocess(device="sm90", dtype="float32", head_dim_v=64) == ""
+    assert host.plan_bwd_preprocess(device="cpu", dtype="bfloat16", head_dim_v=64) == ""
+
+
+# --- explain and supported ---
+
+
+@needs_sm90
+def test_explain_an_imagined_h200() -> None:
+    e = flash_ext.explain(*call(heads_kv=2), causal=True, device_info="sm90")
+    assert (e.backend, e.variant, e.tile, e.grid) == ("sm90", "fwd_sm90_bf16_d128_causal", (128, 128), (128, 1, 1))
+    assert (e.num_splits, e.workspace_bytes, e.copies) == (1, 0, ())
+    assert set(e.rejected) == {"sm80", "reference"} and all(e.rejected.values())
+    text = str(e)
+    for word in ("backend    sm90", "variant    fwd_sm90_bf16_d128_causal", "128 x 128", "128 x 1 x 1", "not sm80:", "not reference:"):
+        assert word in text
+    assert flash_ext.explain(*call(heads_kv=2), causal=True, device_info="sm90:78").grid == (78, 1, 1)
+
+
+@needs_sm90
+def test_explain_lists_copies() -> None:
+    q = torch.empty(2, 1000, 8, 129, device="meta", dtype=torch.bfloat16)[..., :128]
+    _, k, v = call()
+    e = flash_ext.explain(q, k, v, device_info="sm90")
+    assert e.copies == ("q: base and strides must be multiples of 16 bytes",) and e.workspace_bytes == 2 * 1000 * 8 * 128 * 2
+    assert "copies     q: base" in str(e)
+    shifted = torch.empty(2 * 1000 * 8 * 128 + 1, device="meta", dtype=torch.bfloat16)[1:].view(2, 1000, 8, 128)
+    assert len(flash_ext.explain(shifted, k, v, device_info="sm90").copies) == 1
+
+
+def test_explain_here() -> None:
+    q = torch.zeros(2, 300, 8, 16)
+    e = flash_ext.explain(q, q[:, :, :2], q[:, :, :2])
+    assert (e.backend, e.variant, e.workspace_bytes) == ("reference", "reference_fwd", 0)
+    assert e.grid == (-(-300 // e.tile[0]), 8, 2)
+    assert e.rejected == {name: ("the tensors are not on a CUDA device",) for name in ("sm90", "sm80")}
+
+
+def test_explanation_is_a_frozen_dataclass() -> None:
+    e = flash_ext.explain(*call())
+    fields = [f.name for f in dataclasses.fields(flash_ext.Explanation)]
+    assert fields == ["backend", "variant", "tile", "grid", "num_splits", "workspace_bytes", "copies", "rejected"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        e.backend = "sm90"
+    assert len(str(e).splitlines()) == 7 + sum(map(len, e.rejected.values()))
+
+
+def test_explain_and_supported_touch_no_data() -> None:
+    q = meta(64, 2**20, 128, 128)
+    assert flash_ext.explain(q, q, q, device_info="sm90", causal=True).num_splits == 1
+    assert flash_ext.supported(q, q, q)["reference"] == []
+
+
+def test_explain_of_empty_problems() -> None:
+    for shape in ((0, 5, 2, 128), (2, 0, 2, 128)):
+        for device in (None, "sm90"):
+            assert flash_ext.explain(meta(*shape), meta(*shape), meta(*shape), device_info=device).num_splits == 1
+
+
+def test_supported() -> None:
+    q = torch.zeros(1, 4, 2, 64)
+    reasons = flash_ext.supported(q, q, q, causal=True)
+    absent = ["the tensors are not on a CUDA device"]
+    assert reasons == {"sm90": absent, "sm80": absent, "reference": []}
+    assert list(reasons) == ["sm90", "sm80", "reference"]  # in the order of preference
+
+
+def test_explain_refuses_a_backend_that_cannot_run() -> None:
+    for device, reason in (("sm86", "sm90: needs compute capability 9.0, this GPU has 8.6"), (None, "sm90: the tensors are not on a CUDA device")):
+        with pytest.raises(ValueError, match="backend 'sm90' cannot run this call") as info:
+            flash_ext.explain(*call(), backend="sm90", device_info=device)
+        assert reason in str(info.value) and "sm80: " in str(info.value)
+
+
+# --- python -m flash_ext ---
+
+
+def test_doctor() -> None:
+    result = subprocess.run([sys.executable, "-m", "flash_ext"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    rows = {line[:11].strip(): line[12:] for line in result.stdout.splitlines() if line[:11].strip()}
+    assert rows["torch"].startswith(torch.__version__) and rows["flash_ext"] == flash_ext.__version__
+    assert int(rows["variants"]) == len(VARIANTS) and all(f"{name} " in result.stdout for name in VARIANTS)
+    assert rows["to do"]
+    if not torch.cuda.is_available():
+        assert rows["GPUs"] == "none"

@@ -1,0 +1,230 @@
+"""The reference backend against the oracle, and what it promises about memory, speed and NaN."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import cases
+import oracle
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import flash_ext
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", cases.CASES)
+def test_case(name: str, dtype: torch.dtype) -> None:
+    cases.check_case(cases.CASES[name], "cpu", dtype)
+
+
+def test_the_rule_rejects_wrong_results() -> None:
+    """An oracle that lets everything pass proves nothing: each result, slightly wrong, must be named."""
+    case = cases.find("gqa_113x203_d128_b2h6kv2_causal")
+    tensors = cases.build(case, "cpu", torch.bfloat16)
+    good = cases.run(case, tensors, flash_ext.attention)
+    inputs = (tensors.q, tensors.k, tensors.v)
+    oracle.check_results(good, inputs, tensors.dout, tensors.dlse, case.options)
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        for damage in (lambda t: t * 1.02, lambda t: t.roll(1, 1), lambda t: t.index_fill(1, torch.tensor([0]), float("nan"))):
+            bad = {**vars(good), name: damage(getattr(good, name))}
+            with pytest.raises(AssertionError, match=f"^{name}: "):
+                oracle.check_results(oracle.Results(**bad), inputs, tensors.dout, tensors.dlse, case.options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window_size": (2, 1)},
+        {"softcap": 1.3, "causal": True},
+        {"softmax_scale": -0.7, "window_size": (1, -1)},
+        {"softmax_scale": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(3, 5), (5, 3)])
+def test_gradcheck(options: dict, seqlen_q: int, seqlen_k: int) -> None:
+    q, k, v = normal(1, seqlen_q, 2, 3), normal(1, seqlen_k, 1, 3, seed=1), normal(1, seqlen_k, 1, 2, seed=2)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    seen = oracle.visible_keys(seqlen_q, seqlen_k, options.get("causal", False), options.get("window_size", (-1, -1))).any(-1)
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = flash_ext.attention(*tensors, **options, return_lse=True)
+        return out, lse[:, :, seen]  # finite differences cannot subtract -inf from itself
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_values_spell_out_probabilities(dtype: torch.dtype) -> None:
+    """With v = one-hot rows, out[i, j] is P[i, j]: with scores of 0 exactly 1 / visible keys, in the right columns."""
+    seqlen_q, seqlen_k = 100, 128
+    q = torch.zeros(1, seqlen_q, 1, 16, dtype=dtype)
+    k = normal(1, seqlen_k, 1, 16, dtype=dtype)
+    v = torch.eye(seqlen_k, dtype=dtype)[None, :, None]
+    out, lse = flash_ext.attention(q, k, v, window_size=(15, 0), return_lse=True)  # 16 keys a row, some rows more at the start
+    keep = oracle.visible_keys(seqlen_q, seqlen_k, False, (15, 0))
+    assert torch.equal(out[0, :, 0], keep.to(dtype) / 16)
+    torch.testing.assert_close(lse, torch.full_like(lse, 2.772588722239781))
+
+
+def test_one_hot_query_selects_one_key() -> None:
+    """Keys far apart: each row must return exactly the value of its own key, under a permutation."""
+    seqlen = 96
+    order = torch.randperm(seqlen, generator=torch.Generator().manual_seed(3))
+    key = torch.eye(seqlen)[None, :, None]
+    q, v = key[:, order] * 1000.0, normal(1, seqlen, 1, 8)
+    out = flash_ext.attention(q, key, v, softmax_scale=1.0)
+    assert torch.equal(out, v[:, order])
+
+
+def test_matches_scaled_dot_product_attention() -> None:
+    """Same results as torch's own function, which aligns its causal mask to the top left: equal for square scores only."""
+    q, k, v = (normal(2, 200, 4, 64, seed=s) for s in range(3))
+    expected = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(flash_ext.attention(q, k, v, causal=True), expected, atol=2e-6, rtol=1e-5)
+
+
+# --- NaN ---
+
+
+def test_a_nan_query_stays_in_its_row() -> None:
+    q, k, v = normal(1, 50, 2, 16), normal(1, 60, 2, 16, seed=1), normal(1, 60, 2, 16, seed=2)
+    clean_out, clean_lse = flash_ext.attention(q, k, v, return_lse=True)
+    q[0, 7, 1, 3] = torch.nan
+    out, lse = flash_ext.attention(q, k, v, return_lse=True)
+    assert out[0, 7, 1].isnan().all() and lse[0, 1, 7].isnan()
+    out[0, 7, 1], lse[0, 1, 7] = clean_out[0, 7, 1], clean_lse[0, 1, 7]
+    torch.testing.assert_close(out, clean_out)
+    torch.testing.assert_close(lse, clean_lse)
+
+
+def test_a_nan_key_reaches_only_the_rows_that_see_it() -> None:
+    """A hidden score is replaced, whatever its value, so k may hold anything there. Of v this is promised only where no
+    row of the tile sees the key: 0 * NaN is NaN, on every tiled backend."""
+    q, k, v = normal(1, 40, 2, 16), normal(1, 40, 2, 16, seed=1), normal(1, 40, 2, 16, seed=2)
+    clean_out, clean_lse = flash_ext.attention(q, k, v, causal=True, return_lse=True)
+    k[0, 25] = torch.nan
+    out, lse = flash_ext.attention(q, k, v, causal=True, return_lse=True)
+    torch.testing.assert_close(out[:, :25], clean_out[:, :25])
+    torch.testing.assert_close(lse[..., :25], clean_lse[..., :25])
+    assert out[:, 25:].isnan().all() and lse[..., 25:].isnan().all()
+
+
+def test_keys_that_no_row_sees_are_not_read() -> None:
+    q, k, v = normal(1, 1, 2, 16), normal(1, 700, 2, 16, seed=1), normal(1, 700, 2, 16, seed=2)
+    expected = flash_ext.attention(q, k[:, 595:606], v[:, 595:606], return_lse=True)
+    k[:, :595], v[:, :595], k[:, 606:], v[:, 606:] = (torch.nan,) * 4
+    k, v = k[:, :606], v[:, :606]
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = flash_ext.attention(*inputs, window_size=(10, 0), return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
+    (out.sum() + lse.sum()).backward()
+    assert all(t.grad.isfinite().all() for t in inputs)
+    assert not inputs[1].grad[:, :595].any() and not inputs[2].grad[:, :595].any()
+
+
+def test_a_row_without_keys_gives_zeros_and_no_nan() -> None:
+    q, k, v = (normal(2, n, 2, 8, seed=s).requires_grad_() for s, n in enumerate((6, 4, 4)))
+    out, lse = flash_ext.attention(q, k, v, causal=True, return_lse=True)
+    assert not out[:, :2].any() and (lse[..., :2] == -torch.inf).all() and lse[..., 2:].isfinite().all()
+    # The gradient of an lse of -inf means nothing: whatever it is, NaN too, it must not show.
+    torch.autograd.backward([out, lse], [torch.ones_like(out), torch.ones_like(lse).index_fill(2, torch.arange(2), torch.nan)])
+    assert not q.grad[:, :2].any() and q.grad[:, 2:].any()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+# --- determinism, extreme values ---
+
+
+def test_repeated_calls_are_bitwise_equal() -> None:
+    case = cases.find("gqa_113x203_d128_b2h6kv2_causal")
+    tensors = cases.build(case, "cpu", torch.float32)
+    first = cases.run(case, tensors, flash_ext.attention, deterministic=True)
+    for _ in range(3):
+        again = cases.run(case, tensors, flash_ext.attention, deterministic=True)
+        assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
+    q, k, v = (normal(1, 30, 1, 64, seed=s, dtype=dtype) for s in range(3))
+    out, lse = flash_ext.attention(q * 1e4, k * 1e4, v, return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all() and lse.abs().max() > 1e7
+
+
+# --- memory and speed at (2, 2048, 8, 64), float32, causal ---
+
+
+def _shape_of_the_promise() -> list[torch.Tensor]:
+    return [normal(2, 2048, 8, 64, seed=s).requires_grad_() for s in range(3)]
+
+
+def _train_flash_ext(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> None:
+    torch.autograd.grad(flash_ext.attention(q, k, v, causal=True), (q, k, v), dout)
+
+
+def _train_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> None:
+    out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+    torch.autograd.grad(out.transpose(1, 2), (q, k, v), dout)
+
+
+def _peak_bytes(call: object, *tensors: torch.Tensor) -> int:
+    """The largest sum of live allocations made by a call, from the profiler's allocation events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call(*tensors)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert peak > 0, "the profiler saw no allocation"
+    return peak
+
+
+def test_memory_is_linear_in_the_sequence() -> None:
+    q, k, v = _shape_of_the_promise()
+    dout = normal(2, 2048, 8, 64, seed=3)
+    mine = _peak_bytes(_train_flash_ext, q, k, v, dout)
+    with sdpa_kernel(SDPBackend.MATH):
+        dense = _peak_bytes(_train_sdpa, q, k, v, dout)
+    assert mine <= dense / 4, f"{mine / 2**20:.0f} MiB, the MATH backend {dense / 2**20:.0f} MiB"
+    longer = [normal(1, 8192, 1, 16, seed=s).requires_grad_() for s in range(4)]
+    assert _peak_bytes(_train_flash_ext, *longer) < 8192 * 8192  # a quarter of one float32 matrix of scores
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+def test_speed_is_within_twice_torch() -> None:
+    q, k, v = _shape_of_the_promise()
+    dout = normal(2, 2048, 8, 64, seed=3)
+    calls = (_train_flash_ext, _train_sdpa)
+    best = [float("inf")] * 2
+    for attempt in range(16):  # interleaved; the best of as few rounds as it takes
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call(q, k, v, dout)
+            best[i] = min(best[i], time.perf_counter() - start)
+        if attempt >= 3 and best[0] <= 2 * best[1]:
+            return
+    pytest.fail(f"{best[0]:.3f} s, torch's scaled_dot_product_attention {best[1]:.3f} s")

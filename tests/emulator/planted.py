@@ -1,0 +1,192 @@
+"""Runs planted bugs: every site of mutate.py in a kernel, each under checks, late work and hostile schedules.
+
+    python tests/emulator/planted.py fwd_sm90_bf16_d128_causal [--kind KIND ...] [--json FILE]
+
+A bug is caught by an error of the emulator, or by a result that differs from the unedited kernel's in any bit. What is
+not caught must stand in SURVIVORS, with the reason why the edit changes nothing; an entry that nothing needs is an error
+too. The kernels run through flash_ext.attention on CPU tensors, on shapes that make every ring of barriers wrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLASH_EXT_EMULATE", "sm90")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulator")]
+
+import mutate  # noqa: E402
+
+# Checks find most bugs in the first run; the others are for bugs that only an unlucky order shows.
+RUNS = (
+    {"schedule": "early", "sms": 1},
+    {"schedule": "late", "sms": 2},
+    {"schedule": "adversarial", "seed": 1, "sms": 1},
+    {"schedule": "adversarial", "seed": 2, "sms": 3},
+)
+# A bug may turn a loop endless.
+INSTRUCTION_LIMIT = 20_000_000
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """Edits that change nothing: of these kinds, at a source line (anywhere in the chain of inlined calls) with `at`."""
+
+    kinds: str
+    at: str
+    because: str
+    kernels: str = ""  # part of the name
+
+
+SURVIVORS: tuple[Survivor, ...] = ()
+
+
+@dataclass
+class Result:
+    id: str
+    kind: str
+    ptx_line: int
+    source: str
+    caught: str  # kind of the error, "wrong result", or "" for a survivor
+    run: int
+    message: str = ""
+    because: str = ""
+
+
+def attention_call(kernel: str) -> Callable[[], list[Any]]:
+    """A call of flash_ext.attention that launches this forward kernel; returns its results."""
+    import torch
+
+    import flash_ext
+
+    _, _, dtype, head_dim, mask = kernel.split("_")
+    dim = int(head_dim[1:])
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(seqlen: int, heads: int) -> torch.Tensor:
+        values = torch.randn(1, seqlen, heads, dim, generator=generator)
+        return values.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+
+    # More than two rounds of the ring of K and V stages, a partial last tile, several items for a CTA.
+    q, k, v = tensor(450, 2), tensor(900, 1), tensor(900, 1)
+
+    def call() -> list[torch.Tensor]:
+        out, lse = flash_ext.attention(q, k, v, causal=mask == "causal", return_lse=True)
+        return [out.view(torch.int16), lse.view(torch.int32)]
+
+    return call
+
+
+class Bench:
+    """One kernel with its call, ready to run edited PTX."""
+
+    def __init__(self, emulator: Any, kernel: str, call: Callable[[], list[Any]]) -> None:
+        self.emulator, self.kernel, self.call = emulator, kernel, call
+        self.ptx = emulator.kernel_ptx(kernel)
+        self.good = [self.run(run) for run in RUNS]
+        if any(caught for caught, _, _ in self.good):
+            raise RuntimeError(f"{kernel} fails without any planted bug: {self.good}")
+        launched = {record.kernel for record in emulator.launches()}
+        if kernel not in launched:
+            raise RuntimeError(f"the call does not launch {kernel}, but {sorted(launched)}")
+
+    def run(self, run: dict[str, Any]) -> tuple[str, str, list[Any]]:
+        """What was caught, its message, and the results."""
+        options = self.emulator.Options()
+        options.checks = True
+        options.max_instructions = INSTRUCTION_LIMIT
+        for name, value in run.items():
+            setattr(options, name, value)
+        self.emulator.set_options(options)
+        try:
+            return "", "", self.call()
+        except RuntimeError as error:
+            fault = self.emulator.take_diagnostic()
+            return (fault.kind, fault.message, []) if fault else (type(error).__name__, str(error), [])
+
+    def try_site(self, site: mutate.Site) -> Result:
+        result = Result(site.id, site.kind, site.ptx_line, " < ".join(site.source), "", -1)
+        self.emulator.replace_ptx(self.kernel, mutate.apply(self.ptx, site))
+        try:
+            for i, run in enumerate(RUNS):
+                result.caught, result.message, values = self.run(run)
+                if not result.caught and any((a != b).any() for a, b in zip(values, self.good[i][2], strict=True)):
+                    result.caught = "wrong result"
+                if result.caught:
+                    result.run = i
+                    break
+        finally:
+            self.emulator.replace_ptx(self.kernel, None)
+        return result
+
+
+def source_lines(source: tuple[str, ...]) -> list[str]:
+    """The text of the lines of a chain that lie in csrc/."""
+    texts = []
+    for place in source:
+        name, line = place.rsplit(":", 1)
+        for path in (ROOT / "csrc").rglob(name):
+            lines = path.read_text().splitlines()
+            texts += lines[int(line) - 1 : int(line)]
+    return texts
+
+
+def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> Survivor | None:
+    texts = source_lines(site.source)
+    for entry in survivors:
+        if site.kind in entry.kinds.split() and entry.kernels in site.kernel and any(entry.at in t for t in texts):
+            return entry
+    return None
+
+
+def run_kernel(kernel: str, kinds: list[str] | None = None, log: Callable[[str], None] = print) -> list[Result]:
+    import flash_ext
+    from flash_ext import _emulator
+
+    bench = Bench(_emulator, kernel, attention_call(kernel))
+    del flash_ext
+    results, begin = [], time.monotonic()
+    for site in mutate.sites(bench.ptx, kernel, kinds):
+        result = bench.try_site(site)
+        if not result.caught and (entry := explain(site)):
+            result.because = entry.because
+        results.append(result)
+        verdict = result.caught or ("explained: " + result.because if result.because else "NOT CAUGHT")
+        log(f"{result.id}  {result.source.split(' < ')[0]} PTX {result.ptx_line}: {verdict} (run {result.run})")
+    log(summary(results) + f", {time.monotonic() - begin:.0f} s")
+    return results
+
+
+def summary(results: list[Result]) -> str:
+    caught = sum(bool(r.caught) for r in results)
+    explained = sum(bool(r.because) for r in results)
+    how = Counter(r.caught for r in results if r.caught)
+    return (
+        f"planted bugs: {caught} of {len(results)} caught, {explained} explained survivors, "
+        f"{len(results) - caught - explained} unexplained; by {dict(how.most_common())}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel")
+    parser.add_argument("--kind", action="append", choices=sorted(mutate.KINDS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = run_kernel(options.kernel, options.kind, lambda line: print(line, flush=True))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
+    return int(any(not r.caught and not r.because for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
