@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -70,7 +71,9 @@ class NinjaFile:
     def run(self, jobs: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         variants.write_if_changed(self.folder / "build.ninja", "\n".join(self.lines))
-        if subprocess.run(["ninja", "-C", str(self.folder), f"-j{jobs}"]).returncode:
+        # A virtual environment's ninja is found without activating the environment.
+        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        if subprocess.run([ninja, "-C", str(self.folder), f"-j{jobs}"]).returncode:
             raise toolchain.ToolchainError("the compilation failed; the first error stands above")
 
 

@@ -198,6 +198,7 @@ def _named_cases() -> list[Case]:
         Case("decode", 1, 130, num_heads=8, num_heads_kv=2, causal=True, head_dim=128),
         *(Case("rows", n, 33, **small, causal=causal) for n in (63, 64, 65, 127, 128, 129, 255, 257) for causal in (False, True)),
         *(Case("keys", 17, n, **small) for n in (63, 64, 65, 127, 129, 175, 177, 511, 513)),
+        *(Case("many_keys", 20, n, **small, causal=True) for n in (1100, 1700)),  # the running maximum grows over several tiles
         *(Case("square", n, n, **small, causal=True, head_dim=128) for n in (127, 128, 129, 191)),
         Case("long_query", 203, 113, causal=True),
         Case("long_query", 130, 1, causal=True, head_dim=128),
@@ -226,6 +227,7 @@ def _named_cases() -> list[Case]:
         Case("window", 600, 700, window_size=(33, 1), **small, head_dim=16),  # skips tiles on both sides
         Case("window", 100, 20, window_size=(4, 9), num_heads=4),
         Case("window", 64, 64, window_size=(10**9, 10**9)),
+        *(Case("window", n, 50, window_size=w, batch=1) for n in (2, 3) for w in ((5, -1), (5, 3), (-1, 0))),
         # Scores.
         Case("scale", 40, 50, softmax_scale=0.0),
         Case("scale", 40, 50, softmax_scale=-0.3, causal=True),

@@ -21,7 +21,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 template <class T>
 FX_HOST_DEVICE constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
+  return a / b + (a % b != 0);  // a + b could overflow
 }
 template <class T>
 FX_HOST_DEVICE constexpr T min_of(T a, T b) {

@@ -27,6 +27,14 @@ FX_HOST_DEVICE constexpr uint32_t staging_read_offset(int lane, int pass) {
 }
 
 #ifdef __CUDACC__
+// One predicated 16-byte store: from an assignment in a branch the compiler has made four stores.
+__device__ __forceinline__ void store_16_bytes_if(bool predicate, void* address, const uint32_t (&words)[4]) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n}"
+      ::"r"(static_cast<int>(predicate)), "l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
 // out and lse as rows of (batch, seqlen, heads, dim) and (batch, heads, seqlen).
 template <class Element>
 struct DenseOutput {
@@ -49,6 +57,9 @@ struct DenseOutput {
   __device__ __forceinline__ void store_rows(const float (&acc_o)[kNumAcc], uint32_t staging, int lane) {
     constexpr int kSlabs = kNumAcc / 32;
     static_assert(kNumAcc % 32 == 0, "head_dim_v must be a multiple of 64");
+    const int rows_left = num_rows - (first_row + staging_read_row(lane, 0));
+    Element* row = out + (first_row + staging_read_row(lane, 0)) * row_stride + lane % 8 * 8;
+    const int64_t pass_stride = (staging_read_row(0, 1) - staging_read_row(0, 0)) * row_stride;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -67,15 +78,12 @@ struct DenseOutput {
       __syncwarp();
 #pragma unroll
       for (int pass = 0; pass < 4; ++pass) {
-        uint4 chunk;
+        uint32_t words[4];
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                      : "r"(staging + staging_read_offset(lane, pass))
                      : "memory");
-        const int row = first_row + staging_read_row(lane, pass);
-        if (row < num_rows) {
-          *reinterpret_cast<uint4*>(out + row * row_stride + slab * kSlabColumns + lane % 8 * 8) = chunk;
-        }
+        store_16_bytes_if(staging_read_row(0, pass) < rows_left, row + pass * pass_stride + slab * kSlabColumns, words);
       }
       __syncwarp();
     }

@@ -204,14 +204,19 @@ def compile_ptx(source: Path, out: Path, arch: str = "sm_90a", flags: tuple[str,
     return target
 
 
-def compile_extension(source: Path, out: Path, arch: str = "sm_90a", flags: tuple[str, ...] = ()) -> Path:
-    """A .cu file with host code, compiled to a shared library on the emulator's runtime."""
+def compile_extension(
+    source: Path, out: Path, arch: str = "sm_90a", flags: tuple[str, ...] = (), depends: tuple[Path, ...] = ()
+) -> Path:
+    """A .cu file with host code, compiled to a shared library on the emulator's runtime.
+
+    `depends`: files beyond the includes beside it whose change means another compile.
+    """
     library = build_library(out)
     compute = "compute_" + arch.removeprefix("sm_")
     command = ["-std=c++20", "-O3", "-lineinfo", "--no-compress", f"-gencode=arch={compute},code={compute}",
                "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", *flags]
     with locked(out):
-        key = digest([nvcc_identity(), *command], headers(source, ()))
+        key = digest([nvcc_identity(), *command], [*headers(source, ()), *depends])
         target_object = out / "obj" / f"{source.stem}-{arch}-{key}.o"
         if not target_object.is_file():
             publish([cuda().nvcc, *command, "-c", source], target_object)

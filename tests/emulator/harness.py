@@ -156,10 +156,10 @@ class Kernels:
         return launch(self.module, kernel, grid, block, *args, **more)
 
 
-def extension(source: Path, arch: str = "sm_90a", flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def extension(source: Path, **how: Any) -> ctypes.CDLL:
     """A .cu file with host launchers, on the emulator's runtime; call its extern "C" functions."""
     emulator()  # one copy of the library, and its options, for the process
-    return ctypes.CDLL(str(build.compile_extension(source, out_dir(), arch, flags)))
+    return ctypes.CDLL(str(build.compile_extension(source, out_dir(), **how)))
 
 
 @contextlib.contextmanager

@@ -37,9 +37,7 @@ def test_mma(kernels, kernel, rng):
         c = random_matrix(d_kind, (16, 8), rng, exact)
         c_registers = pack_accumulator(c.codes, half)
         out = np.zeros_like(c_registers)
-        kernels.launch(
-            kernel, 1, 32, Out(out), In(pack_a(a.codes)), In(pack_b(b.codes)), In(c_registers), checks=True
-        )
+        kernels.launch(kernel, 1, 32, Out(out), In(pack_a(a.codes)), In(pack_b(b.codes)), In(c_registers), checks=True)
         check_product(d_kind, unpack_accumulator(out, (16, 8), half), a.values, b.values, c.values, exact)
 
 

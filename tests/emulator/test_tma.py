@@ -43,9 +43,7 @@ class Map:
             code, self.buffer.ctypes.data, list(self.dims), strides, list(self.box), list(self.element_strides),
             swizzle=self.swizzle, oob_fill=self.oob_fill,
         )  # fmt: skip
-        self.counts = [self.box[0]] + [
-            -(-b // s) for b, s in zip(self.box[1:], self.element_strides[1:], strict=True)
-        ]
+        self.counts = [self.box[0]] + [-(-b // s) for b, s in zip(self.box[1:], self.element_strides[1:], strict=True)]
         self.bytes = int(np.prod(self.counts)) * self.itemsize
 
     def indices(self, coords: tuple[int, ...]) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

@@ -2,10 +2,10 @@
 
 import subprocess
 
-import build
 import harness
 import pytest
 
+build = harness.build
 PROGRAMS = sorted((build.ROOT / "unit").glob("test_*.cpp"))
 
 

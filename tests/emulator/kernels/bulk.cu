@@ -29,10 +29,10 @@ extern "C" __global__ void bulk_load(uint8_t* out, const uint8_t* in, int bytes)
     for (int i = 0; i < 2; ++i) {
       const int at = i * first, length = i ? bytes - first : first;
       if (length == 0) continue;
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-          ::"r"(barrier + kData + at), "l"(in + at), "r"(length), "r"(barrier)
-          : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       barrier + kData + at),
+                   "l"(in + at), "r"(length), "r"(barrier)
+                   : "memory");
     }
   }
   mbarrier_wait(barrier, 0);
@@ -56,8 +56,7 @@ extern "C" __global__ void bulk_store(uint8_t* out, const uint8_t* in, int bytes
 }
 
 // Rank 0 sends its data to rank 1, whose barrier counts the bytes.
-extern "C" __global__ void __cluster_dims__(2, 1, 1)
-    bulk_to_peer(uint8_t* out, const uint8_t* in, int bytes) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) bulk_to_peer(uint8_t* out, const uint8_t* in, int bytes) {
   const uint32_t barrier = prepare_barrier();
   const uint32_t rank = cluster_rank();
   copy16(dynamic_shared + kData, in + rank * bytes, bytes);
@@ -78,8 +77,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1)
 }
 
 // Each CTA sends half of the input to both.
-extern "C" __global__ void __cluster_dims__(2, 1, 1)
-    bulk_multicast(uint8_t* out, const uint8_t* in, int bytes) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) bulk_multicast(uint8_t* out, const uint8_t* in, int bytes) {
   const uint32_t barrier = prepare_barrier();
   const uint32_t rank = cluster_rank();
   cluster_sync();
@@ -96,19 +94,18 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1)
   cluster_sync();
 }
 
-#define REDUCE(NAME, OP)                                                                           \
-  extern "C" __global__ void NAME(uint8_t* inout, const uint8_t* in, int bytes) {                  \
-    copy16(dynamic_shared + kData, in, bytes);                                                     \
-    fence_proxy_async();                                                                           \
-    __syncthreads();                                                                               \
-    if (threadIdx.x == 0) {                                                                        \
-      asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group." OP " [%0], [%1], %2;" ::  \
-                       "l"(inout),                                                                 \
-                   "r"(shared_address(dynamic_shared) + kData), "r"(bytes)                         \
-                   : "memory");                                                                    \
-      bulk_commit();                                                                               \
-      bulk_wait();                                                                                 \
-    }                                                                                              \
+#define REDUCE(NAME, OP)                                                                                     \
+  extern "C" __global__ void NAME(uint8_t* inout, const uint8_t* in, int bytes) {                            \
+    copy16(dynamic_shared + kData, in, bytes);                                                               \
+    fence_proxy_async();                                                                                     \
+    __syncthreads();                                                                                         \
+    if (threadIdx.x == 0) {                                                                                  \
+      asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group." OP " [%0], [%1], %2;" ::"l"(inout), \
+                   "r"(shared_address(dynamic_shared) + kData), "r"(bytes)                                   \
+                   : "memory");                                                                              \
+      bulk_commit();                                                                                         \
+      bulk_wait();                                                                                           \
+    }                                                                                                        \
   }
 
 REDUCE(add_f32, "add.f32")
@@ -131,8 +128,7 @@ REDUCE(or_b64, "or.b64")
 REDUCE(xor_b32, "xor.b32")
 
 // Both CTAs add to rank 0's shared memory.
-extern "C" __global__ void __cluster_dims__(2, 1, 1)
-    reduce_to_peer(uint8_t* out, const uint8_t* in, int bytes) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) reduce_to_peer(uint8_t* out, const uint8_t* in, int bytes) {
   const uint32_t barrier = prepare_barrier();
   const uint32_t rank = cluster_rank();
   const uint32_t sums = kData + bytes;

@@ -2,17 +2,16 @@
 // arch: sm_80
 #include "ptx.cuh"
 
-#define COPY_KERNEL(NAME, SUFFIX, BYTES)                                                         \
-  extern "C" __global__ void NAME(uint8_t* out, const uint8_t* in) {                             \
-    const int at = threadIdx.x * BYTES;                                                          \
-    const uint32_t to = shared_address(dynamic_shared) + at;                                     \
-    asm volatile("cp.async." SUFFIX " [%0], [%1], " #BYTES ";" ::"r"(to), "l"(in + at)           \
-                 : "memory");                                                                    \
-    asm volatile("cp.async.commit_group;" ::: "memory");                                         \
-    asm volatile("cp.async.wait_group 0;" ::: "memory");                                         \
-    __syncthreads();                                                                             \
-    const int mirror = (blockDim.x - 1 - threadIdx.x) * BYTES;                                   \
-    for (int i = 0; i < BYTES; ++i) out[at + i] = dynamic_shared[mirror + i];                    \
+#define COPY_KERNEL(NAME, SUFFIX, BYTES)                                                            \
+  extern "C" __global__ void NAME(uint8_t* out, const uint8_t* in) {                                \
+    const int at = threadIdx.x * BYTES;                                                             \
+    const uint32_t to = shared_address(dynamic_shared) + at;                                        \
+    asm volatile("cp.async." SUFFIX " [%0], [%1], " #BYTES ";" ::"r"(to), "l"(in + at) : "memory"); \
+    asm volatile("cp.async.commit_group;" ::: "memory");                                            \
+    asm volatile("cp.async.wait_group 0;" ::: "memory");                                            \
+    __syncthreads();                                                                                \
+    const int mirror = (blockDim.x - 1 - threadIdx.x) * BYTES;                                      \
+    for (int i = 0; i < BYTES; ++i) out[at + i] = dynamic_shared[mirror + i];                       \
   }
 
 COPY_KERNEL(copy_4, "ca.shared.global", 4)
@@ -25,9 +24,8 @@ COPY_KERNEL(copy_16_l2, "cg.shared.global.L2::128B", 16)
 extern "C" __global__ void zero_fill(uint8_t* out, const uint8_t* in, const int* sizes) {
   const int at = threadIdx.x * 16;
   reinterpret_cast<uint4*>(dynamic_shared)[threadIdx.x] = make_uint4(~0u, ~0u, ~0u, ~0u);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(
-                   dynamic_shared + at)),
-               "l"(in + at), "r"(sizes[threadIdx.x])
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dynamic_shared + at)), "l"(in + at),
+               "r"(sizes[threadIdx.x])
                : "memory");
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
@@ -41,8 +39,7 @@ extern "C" __global__ void pipeline(uint32_t* out, const uint32_t* in, int steps
   auto load = [&](int step) {
     if (step < steps) {
       const uint32_t to = base + 4 * (step % 3 * blockDim.x + threadIdx.x);
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to),
-                   "l"(in + step * blockDim.x + threadIdx.x)
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(in + step * blockDim.x + threadIdx.x)
                    : "memory");
     }
     asm volatile("cp.async.commit_group;" ::: "memory");  // empty groups keep the count right
@@ -62,12 +59,10 @@ extern "C" __global__ void pipeline(uint32_t* out, const uint32_t* in, int steps
 extern "C" __global__ void arrive(uint32_t* out, const uint32_t* in) {
   const uint32_t barrier = shared_address(dynamic_shared);
   if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(2 * blockDim.x)
-                 : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(2 * blockDim.x) : "memory");
   }
   __syncthreads();
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(barrier + 16 + 4 * threadIdx.x),
-               "l"(in + threadIdx.x)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(barrier + 16 + 4 * threadIdx.x), "l"(in + threadIdx.x)
                : "memory");
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
   asm volatile(

@@ -37,8 +37,10 @@ extern "C" __global__ void shared_overrun(int* out, int i) {
 
 extern "C" __global__ void shared_race(int* out) {
   __shared__ int box[64];
-  box[threadIdx.x] = threadIdx.x;
-  out[threadIdx.x] = box[63 - threadIdx.x];  // @shared_race
+  box[threadIdx.x] = 0;
+  __syncthreads();
+  box[threadIdx.x] = threadIdx.x;  // @race_writes
+  out[threadIdx.x] = box[63 - threadIdx.x];  // @race_reads
 }
 
 extern "C" __global__ void uninitialised_shared(int* out) {
@@ -72,8 +74,8 @@ extern "C" __global__ void mbarrier_deadlock(int* out) {
   if (threadIdx.x == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&bar)) : "memory");
   uint32_t done = 0;
   while (!done) {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"  // @mbarrier_deadlock
-                 : "=r"(done) : "r"(address(&bar)) : "memory");
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(address(&bar)) : "memory");  // @mbarrier_deadlock
   }
   out[threadIdx.x] = 1;
 }

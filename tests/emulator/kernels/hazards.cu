@@ -60,12 +60,8 @@ __device__ inline void load_box(uint32_t to, const TensorMap* map, int x, int y,
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-__device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 __device__ inline void wgmma_64x64(float (&d)[32], uint64_t a, uint64_t b, int scale_d) {
   asm volatile(
@@ -134,10 +130,10 @@ __device__ void consume(Shared& shared, const TensorMap& map_d, int tiles) {
   if (kBug != kNoProxyFence) fence_proxy_async();
   if (kBug != kNoEpilogueBarrier) asm volatile("bar.sync 1, 128;" ::: "memory");
   if (threadIdx.x == 0) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%1, {%2,%2}], [%0];" ::"r"(
-                     shared_address(shared.d)),
-                 "l"(&map_d), "r"(0)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%1, {%2,%2}], [%0];" ::"r"(shared_address(shared.d)),
+        "l"(&map_d), "r"(0)
+        : "memory");
     bulk_commit();
     if (kBug == kSourceReused) {
       *static_cast<volatile float*>(&shared.d[63][63]) = 0;
@@ -164,11 +160,11 @@ __device__ void pipeline(const TensorMap& a, const TensorMap& b, const TensorMap
   }
 }
 
-#define KERNEL(NAME, BUG)                                                                         \
-  extern "C" __global__ void __launch_bounds__(160)                                               \
-      NAME(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,              \
-           const __grid_constant__ TensorMap d, int tiles) {                                      \
-    pipeline<BUG>(a, b, d, tiles);                                                                \
+#define KERNEL(NAME, BUG)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(160) NAME(const __grid_constant__ TensorMap a,              \
+                                                         const __grid_constant__ TensorMap b,              \
+                                                         const __grid_constant__ TensorMap d, int tiles) { \
+    pipeline<BUG>(a, b, d, tiles);                                                                         \
   }
 
 KERNEL(correct, kCorrect)

@@ -1,7 +1,6 @@
 // mma.sync, ldmatrix and stmatrix: registers come from and go to memory as [register][lane].
 #include "ptx.cuh"
 
-
 template <int kCount>
 __device__ void load_lanes(uint32_t (&registers)[kCount], const uint32_t* from) {
 #pragma unroll
@@ -15,52 +14,45 @@ __device__ void store_lanes(uint32_t* to, const uint32_t (&registers)[kCount]) {
 }
 
 // The name's digits: registers of D and C, A, B.
-#define MMA_4_4_2(NAME, SHAPE)                                                                    \
-  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in,      \
-                                  const uint32_t* c_in) {                                         \
-    uint32_t d[4], a[4], b[2], c[4];                                                              \
-    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                \
-    asm volatile("mma.sync.aligned." SHAPE                                                        \
-                 " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                     \
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]),   \
-                   "r"(c[1]), "r"(c[2]), "r"(c[3]));                                              \
-    store_lanes(out, d);                                                                          \
+#define MMA_4_4_2(NAME, SHAPE)                                                                                        \
+  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in, const uint32_t* c_in) {  \
+    uint32_t d[4], a[4], b[2], c[4];                                                                                  \
+    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                                    \
+    asm volatile("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"               \
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), \
+                   "r"(c[3]));                                                                                        \
+    store_lanes(out, d);                                                                                              \
   }
 
-#define MMA_4_2_1(NAME, SHAPE)                                                                    \
-  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in,      \
-                                  const uint32_t* c_in) {                                         \
-    uint32_t d[4], a[2], b[1], c[4];                                                              \
-    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                \
-    asm volatile("mma.sync.aligned." SHAPE                                                        \
-                 " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                                 \
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));  \
-    store_lanes(out, d);                                                                          \
+#define MMA_4_2_1(NAME, SHAPE)                                                                                       \
+  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in, const uint32_t* c_in) { \
+    uint32_t d[4], a[2], b[1], c[4];                                                                                 \
+    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                                   \
+    asm volatile("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                          \
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));                     \
+    store_lanes(out, d);                                                                                             \
   }
 
-#define MMA_2_4_2(NAME, SHAPE)                                                                    \
-  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in,      \
-                                  const uint32_t* c_in) {                                         \
-    uint32_t d[2], a[4], b[2], c[2];                                                              \
-    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                \
-    asm volatile("mma.sync.aligned." SHAPE " {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"           \
-                 : "=r"(d[0]), "=r"(d[1])                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]),   \
-                   "r"(c[1]));                                                                    \
-    store_lanes(out, d);                                                                          \
+#define MMA_2_4_2(NAME, SHAPE)                                                                                       \
+  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in, const uint32_t* c_in) { \
+    uint32_t d[2], a[4], b[2], c[2];                                                                                 \
+    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                                   \
+    asm volatile("mma.sync.aligned." SHAPE " {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"                              \
+                 : "=r"(d[0]), "=r"(d[1])                                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]));          \
+    store_lanes(out, d);                                                                                             \
   }
 
-#define MMA_2_2_1(NAME, SHAPE)                                                                    \
-  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in,      \
-                                  const uint32_t* c_in) {                                         \
-    uint32_t d[2], a[2], b[1], c[2];                                                              \
-    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                \
-    asm volatile("mma.sync.aligned." SHAPE " {%0,%1}, {%2,%3}, {%4}, {%5,%6};"                    \
-                 : "=r"(d[0]), "=r"(d[1])                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]));                        \
-    store_lanes(out, d);                                                                          \
+#define MMA_2_2_1(NAME, SHAPE)                                                                                       \
+  extern "C" __global__ void NAME(uint32_t* out, const uint32_t* a_in, const uint32_t* b_in, const uint32_t* c_in) { \
+    uint32_t d[2], a[2], b[1], c[2];                                                                                 \
+    load_lanes(a, a_in), load_lanes(b, b_in), load_lanes(c, c_in);                                                   \
+    asm volatile("mma.sync.aligned." SHAPE " {%0,%1}, {%2,%3}, {%4}, {%5,%6};"                                       \
+                 : "=r"(d[0]), "=r"(d[1])                                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]));                                           \
+    store_lanes(out, d);                                                                                             \
   }
 
 MMA_4_4_2(k16_f32_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
@@ -88,16 +80,15 @@ __device__ inline uint32_t stage(const uint8_t* image, int bytes, const uint32_t
   return shared_address(dynamic_shared) + offsets[threadIdx.x];
 }
 
-#define LDMATRIX(NAME, SUFFIX, COUNT, LIST, OUTPUTS)                                               \
-  extern "C" __global__ void NAME(uint32_t* out, const uint8_t* image, int bytes,                  \
-                                  const uint32_t* offsets) {                                       \
-    const uint32_t address = stage(image, bytes, offsets);                                         \
-    uint32_t d[COUNT];                                                                             \
-    asm volatile("ldmatrix.sync.aligned.m8n8." SUFFIX " " LIST ", [%" #COUNT "];"                  \
-                 : OUTPUTS                                                                         \
-                 : "r"(address)                                                                    \
-                 : "memory");                                                                      \
-    store_lanes(out, d);                                                                           \
+#define LDMATRIX(NAME, SUFFIX, COUNT, LIST, OUTPUTS)                                                         \
+  extern "C" __global__ void NAME(uint32_t* out, const uint8_t* image, int bytes, const uint32_t* offsets) { \
+    const uint32_t address = stage(image, bytes, offsets);                                                   \
+    uint32_t d[COUNT];                                                                                       \
+    asm volatile("ldmatrix.sync.aligned.m8n8." SUFFIX " " LIST ", [%" #COUNT "];"                            \
+                 : OUTPUTS                                                                                   \
+                 : "r"(address)                                                                              \
+                 : "memory");                                                                                \
+    store_lanes(out, d);                                                                                     \
   }
 
 #define OUT1 "=r"(d[0])
@@ -111,17 +102,16 @@ LDMATRIX(ldmatrix_x2_trans, "x2.trans.shared.b16", 2, "{%0,%1}", OUT2)
 LDMATRIX(ldmatrix_x4_trans, "x4.trans.shared.b16", 4, "{%0,%1,%2,%3}", OUT4)
 
 #ifndef SM80_ONLY
-#define STMATRIX(NAME, SUFFIX, COUNT, LIST, INPUTS)                                                \
-  extern "C" __global__ void NAME(uint8_t* out, const uint8_t* image, int bytes,                   \
-                                  const uint32_t* offsets, const uint32_t* values) {               \
-    const uint32_t address = stage(image, bytes, offsets);                                         \
-    uint32_t d[COUNT];                                                                             \
-    load_lanes(d, values);                                                                         \
-    __syncthreads();                                                                               \
-    asm volatile("stmatrix.sync.aligned.m8n8." SUFFIX " [%0], " LIST ";" ::"r"(address), INPUTS    \
-                 : "memory");                                                                      \
-    __syncthreads();                                                                               \
-    copy16(out, dynamic_shared, bytes);                                                            \
+#define STMATRIX(NAME, SUFFIX, COUNT, LIST, INPUTS)                                                          \
+  extern "C" __global__ void NAME(uint8_t* out, const uint8_t* image, int bytes, const uint32_t* offsets,    \
+                                  const uint32_t* values) {                                                  \
+    const uint32_t address = stage(image, bytes, offsets);                                                   \
+    uint32_t d[COUNT];                                                                                       \
+    load_lanes(d, values);                                                                                   \
+    __syncthreads();                                                                                         \
+    asm volatile("stmatrix.sync.aligned.m8n8." SUFFIX " [%0], " LIST ";" ::"r"(address), INPUTS : "memory"); \
+    __syncthreads();                                                                                         \
+    copy16(out, dynamic_shared, bytes);                                                                      \
   }
 
 #define IN1 "r"(d[0])

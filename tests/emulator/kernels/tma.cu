@@ -38,29 +38,26 @@ __device__ inline void fill_shared(int bytes) {
 }
 
 // `area` bytes of shared memory around the box go to `out`; TMA announces `box` bytes.
-#define LOAD_KERNEL(NAME, INSTRUCTION, DIM, SUFFIX, ...)                                          \
-  extern "C" __global__ void NAME(uint8_t* out, const __grid_constant__ TensorMap map, Coords at, \
-                                  int area, int box, int skew) {                                  \
-    const uint32_t barrier = prepare_barrier(1);                                                  \
-    fill_shared(area);                                                                            \
-    __syncthreads();                                                                              \
-    if (threadIdx.x == 0) {                                                                       \
-      mbarrier_expect(barrier, box);                                                              \
-      const uint32_t to = barrier + kBoxOffset + skew;                                            \
-      asm volatile(INSTRUCTION " [%0], [%1, " COORDS_##DIM "], [%7]" SUFFIX                       \
-                   ";" ::"r"(to),                                                                 \
-                   "l"(&map), COORD_INPUTS, "r"(barrier)__VA_ARGS__                               \
-                   : "memory");                                                                   \
-    }                                                                                             \
-    mbarrier_wait(barrier, 0);                                                                    \
-    copy16(out, dynamic_shared + kBoxOffset, area);                                               \
+#define LOAD_KERNEL(NAME, INSTRUCTION, DIM, SUFFIX, ...)                                                             \
+  extern "C" __global__ void NAME(uint8_t* out, const __grid_constant__ TensorMap map, Coords at, int area, int box, \
+                                  int skew) {                                                                        \
+    const uint32_t barrier = prepare_barrier(1);                                                                     \
+    fill_shared(area);                                                                                               \
+    __syncthreads();                                                                                                 \
+    if (threadIdx.x == 0) {                                                                                          \
+      mbarrier_expect(barrier, box);                                                                                 \
+      const uint32_t to = barrier + kBoxOffset + skew;                                                               \
+      asm volatile(INSTRUCTION " [%0], [%1, " COORDS_##DIM "], [%7]" SUFFIX ";" ::"r"(to), "l"(&map), COORD_INPUTS,  \
+                   "r"(barrier)__VA_ARGS__                                                                           \
+                   : "memory");                                                                                      \
+    }                                                                                                                \
+    mbarrier_wait(barrier, 0);                                                                                       \
+    copy16(out, dynamic_shared + kBoxOffset, area);                                                                  \
   }
 
-#define LOAD(DIM)                                                                                 \
-  LOAD_KERNEL(load_##DIM##d,                                                                      \
-              "cp.async.bulk.tensor." #DIM                                                        \
-              "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes",                       \
-              DIM, "")
+#define LOAD(DIM)            \
+  LOAD_KERNEL(load_##DIM##d, \
+              "cp.async.bulk.tensor." #DIM "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes", DIM, "")
 LOAD(1)
 LOAD(2)
 LOAD(3)
@@ -75,8 +72,8 @@ LOAD_KERNEL(load_2d_hint,
             2, ", %8", HINT)
 
 // Two boxes on one barrier and two phases: the second pair waits for the other parity.
-extern "C" __global__ void load_2d_phases(uint8_t* out, const __grid_constant__ TensorMap map,
-                                          Coords at, int box, int rounds) {
+extern "C" __global__ void load_2d_phases(uint8_t* out, const __grid_constant__ TensorMap map, Coords at, int box,
+                                          int rounds) {
   const uint32_t barrier = prepare_barrier(1);
   __syncthreads();
   for (int round = 0; round < rounds; ++round) {
@@ -107,10 +104,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1)
     mbarrier_expect(barrier, 2 * box);
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2,%3}], [%4], %5;" ::"r"(barrier + kBoxOffset +
-                                                                   rank * box),
-        "l"(&map), "r"(at.c[0]), "r"(at.c[1] + static_cast<int>(rank)), "r"(barrier),
-        "h"(static_cast<uint16_t>(3))
+        ".multicast::cluster [%0], [%1, {%2,%3}], [%4], %5;" ::"r"(barrier + kBoxOffset + rank * box),
+        "l"(&map), "r"(at.c[0]), "r"(at.c[1] + static_cast<int>(rank)), "r"(barrier), "h"(static_cast<uint16_t>(3))
         : "memory");
   }
   mbarrier_wait(barrier, 0);
@@ -119,24 +114,24 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1)
 }
 
 // Stores and reductions read `image` placed at the box; once the source is read it is overwritten.
-#define STORE_KERNEL(NAME, INSTRUCTION, DIM, SUFFIX)                                              \
-  extern "C" __global__ void NAME(const __grid_constant__ TensorMap map, const uint8_t* image,    \
-                                  Coords at, int bytes, int skew) {                               \
-    copy16(dynamic_shared + kBoxOffset, image, bytes);                                            \
-    fence_proxy_async();                                                                          \
-    __syncthreads();                                                                              \
-    if (threadIdx.x == 0) {                                                                       \
-      const uint32_t from = shared_address(dynamic_shared) + kBoxOffset + skew;                   \
-      asm volatile("cp." INSTRUCTION "." #DIM "d.global.shared::cta" SUFFIX                       \
-                   ".bulk_group [%1, " COORDS_##DIM "], [%0];" ::"r"(from),                       \
-                   "l"(&map), COORD_INPUTS                                                        \
-                   : "memory");                                                                   \
-      bulk_commit();                                                                              \
-      bulk_wait_read();                                                                           \
-    }                                                                                             \
-    __syncthreads();                                                                              \
-    for (int i = threadIdx.x; i < bytes; i += blockDim.x) dynamic_shared[kBoxOffset + i] = 0x99;  \
-    if (threadIdx.x == 0) bulk_wait();                                                            \
+#define STORE_KERNEL(NAME, INSTRUCTION, DIM, SUFFIX)                                                                 \
+  extern "C" __global__ void NAME(const __grid_constant__ TensorMap map, const uint8_t* image, Coords at, int bytes, \
+                                  int skew) {                                                                        \
+    copy16(dynamic_shared + kBoxOffset, image, bytes);                                                               \
+    fence_proxy_async();                                                                                             \
+    __syncthreads();                                                                                                 \
+    if (threadIdx.x == 0) {                                                                                          \
+      const uint32_t from = shared_address(dynamic_shared) + kBoxOffset + skew;                                      \
+      asm volatile("cp." INSTRUCTION "." #DIM "d.global.shared::cta" SUFFIX ".bulk_group [%1, " COORDS_##DIM         \
+                   "], [%0];" ::"r"(from),                                                                           \
+                   "l"(&map), COORD_INPUTS                                                                           \
+                   : "memory");                                                                                      \
+      bulk_commit();                                                                                                 \
+      bulk_wait_read();                                                                                              \
+    }                                                                                                                \
+    __syncthreads();                                                                                                 \
+    for (int i = threadIdx.x; i < bytes; i += blockDim.x) dynamic_shared[kBoxOffset + i] = 0x99;                     \
+    if (threadIdx.x == 0) bulk_wait();                                                                               \
   }
 
 #define STORE(DIM) STORE_KERNEL(store_##DIM##d, "async.bulk.tensor", DIM, ".tile")
@@ -164,8 +159,8 @@ STORE_KERNEL(xor_2d, "reduce.async.bulk.tensor", 2, ".xor")
 extern "C" __global__ void prefetch_2d(const __grid_constant__ TensorMap map, Coords at) {
   if (threadIdx.x == 0) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1,%2}];" ::"l"(&map),
-                 "r"(at.c[0]), "r"(at.c[1])
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1,%2}];" ::"l"(&map), "r"(at.c[0]),
+                 "r"(at.c[1])
                  : "memory");
   }
 }

@@ -6,9 +6,9 @@ struct Operands {
   uint64_t a_desc, b_desc;      // the start address is added here
   uint32_t a_offset, b_offset;  // of the operands in the image
   uint32_t image_bytes;
-  uint32_t skew;                // bytes of shared memory before the image
+  uint32_t skew;  // bytes of shared memory before the image
   uint32_t scale_d;
-  uint32_t repeat;              // chained wgmmas on the same operands
+  uint32_t repeat;  // chained wgmmas on the same operands
 };
 
 template <int kRegisters>
@@ -40,8 +40,8 @@ __device__ inline uint32_t prepare(const Operands& p, const uint8_t* image) {
 #define D4 "{%0,%1,%2,%3}"
 #define D8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
 #define D16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-#define D32                                                                                      \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"  \
+#define D32                                                                                     \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
   "%25,%26,%27,%28,%29,%30,%31}"
 #define R4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define R8(i) R4(i), R4(i + 4)
@@ -50,53 +50,51 @@ __device__ inline uint32_t prepare(const Operands& p, const uint8_t* image) {
 
 // SHAPE: "m64n64k16.f32.bf16.bf16"; COUNT registers of D; AD, BD, SD: operand numbers after D;
 // FLAGS: the immediates after scale-d.
-#define SS_KERNEL(NAME, SHAPE, COUNT, AD, BD, SD, FLAGS)                                           \
-  extern "C" __global__ void __launch_bounds__(128)                                                \
-      NAME(uint32_t* out, const uint32_t* d_in, const uint8_t* image, Operands p) {                \
-    const uint32_t base = prepare(p, image);                                                       \
-    const uint64_t a = descriptor(p.a_desc, base, p.a_offset);                                     \
-    const uint64_t b = descriptor(p.b_desc, base, p.b_offset);                                     \
-    uint32_t d[COUNT];                                                                             \
-    load_registers(d, d_in);                                                                       \
-    for (uint32_t i = 0; i < p.repeat; ++i) {                                                      \
-      const uint32_t scale_d = p.scale_d | i;                                                      \
-      asm volatile("{\n\t.reg .pred scale;\n\tsetp.ne.b32 scale, %" SD ", 0;\n\t" FENCE            \
-                   "wgmma.mma_async.sync.aligned." SHAPE " " D##COUNT ", %" AD ", %" BD            \
-                   ", scale" FLAGS ";\n\t" FINISH "}"                                              \
-                   : R##COUNT(0)                                                                   \
-                   : "l"(a), "l"(b), "r"(scale_d)                                                  \
-                   : "memory");                                                                    \
-    }                                                                                              \
-    store_registers(out, d);                                                                       \
+#define SS_KERNEL(NAME, SHAPE, COUNT, AD, BD, SD, FLAGS)                                                               \
+  extern "C" __global__ void __launch_bounds__(128) NAME(uint32_t* out, const uint32_t* d_in, const uint8_t* image,    \
+                                                         Operands p) {                                                 \
+    const uint32_t base = prepare(p, image);                                                                           \
+    const uint64_t a = descriptor(p.a_desc, base, p.a_offset);                                                         \
+    const uint64_t b = descriptor(p.b_desc, base, p.b_offset);                                                         \
+    uint32_t d[COUNT];                                                                                                 \
+    load_registers(d, d_in);                                                                                           \
+    for (uint32_t i = 0; i < p.repeat; ++i) {                                                                          \
+      const uint32_t scale_d = p.scale_d | i;                                                                          \
+      asm volatile("{\n\t.reg .pred scale;\n\tsetp.ne.b32 scale, %" SD ", 0;\n\t" FENCE                                \
+                   "wgmma.mma_async.sync.aligned." SHAPE " " D##COUNT ", %" AD ", %" BD ", scale" FLAGS ";\n\t" FINISH \
+                                                                      "}"                                              \
+                   : R##COUNT(0)                                                                                       \
+                   : "l"(a), "l"(b), "r"(scale_d)                                                                      \
+                   : "memory");                                                                                        \
+    }                                                                                                                  \
+    store_registers(out, d);                                                                                           \
   }
 
-#define RS_KERNEL(NAME, SHAPE, COUNT, A0, A1, A2, A3, BD, SD, FLAGS)                               \
-  extern "C" __global__ void __launch_bounds__(128) NAME(                                          \
-      uint32_t* out, const uint32_t* d_in, const uint8_t* image, const uint32_t* a_in, Operands p) { \
-    const uint32_t base = prepare(p, image);                                                       \
-    const uint64_t b = descriptor(p.b_desc, base, p.b_offset);                                     \
-    uint32_t d[COUNT], a[4];                                                                       \
-    load_registers(d, d_in);                                                                       \
-    load_registers(a, a_in);                                                                       \
-    for (uint32_t i = 0; i < p.repeat; ++i) {                                                      \
-      const uint32_t scale_d = p.scale_d | i;                                                      \
-      asm volatile("{\n\t.reg .pred scale;\n\tsetp.ne.b32 scale, %" SD ", 0;\n\t" FENCE            \
-                   "wgmma.mma_async.sync.aligned." SHAPE " " D##COUNT ", {%" A0 ",%" A1 ",%" A2    \
-                   ",%" A3 "}, %" BD ", scale" FLAGS ";\n\t" FINISH "}"                            \
-                   : R##COUNT(0)                                                                   \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d)              \
-                   : "memory");                                                                    \
-    }                                                                                              \
-    store_registers(out, d);                                                                       \
+#define RS_KERNEL(NAME, SHAPE, COUNT, A0, A1, A2, A3, BD, SD, FLAGS)                                                \
+  extern "C" __global__ void __launch_bounds__(128) NAME(uint32_t* out, const uint32_t* d_in, const uint8_t* image, \
+                                                         const uint32_t* a_in, Operands p) {                        \
+    const uint32_t base = prepare(p, image);                                                                        \
+    const uint64_t b = descriptor(p.b_desc, base, p.b_offset);                                                      \
+    uint32_t d[COUNT], a[4];                                                                                        \
+    load_registers(d, d_in);                                                                                        \
+    load_registers(a, a_in);                                                                                        \
+    for (uint32_t i = 0; i < p.repeat; ++i) {                                                                       \
+      const uint32_t scale_d = p.scale_d | i;                                                                       \
+      asm volatile("{\n\t.reg .pred scale;\n\tsetp.ne.b32 scale, %" SD ", 0;\n\t" FENCE                             \
+                   "wgmma.mma_async.sync.aligned." SHAPE " " D##COUNT ", {%" A0 ",%" A1 ",%" A2 ",%" A3 "}, %" BD   \
+                                                                      ", scale" FLAGS ";\n\t" FINISH "}"            \
+                   : R##COUNT(0)                                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d)                               \
+                   : "memory");                                                                                     \
+    }                                                                                                               \
+    store_registers(out, d);                                                                                        \
   }
 
 #define SS32(NAME, SHAPE, FLAGS) SS_KERNEL(NAME, SHAPE, 32, "32", "33", "34", FLAGS)
 #define SS16(NAME, SHAPE, FLAGS) SS_KERNEL(NAME, SHAPE, 16, "16", "17", "18", FLAGS)
 #define SS4(NAME, SHAPE, FLAGS) SS_KERNEL(NAME, SHAPE, 4, "4", "5", "6", FLAGS)
-#define RS32(NAME, SHAPE, FLAGS) \
-  RS_KERNEL(NAME, SHAPE, 32, "32", "33", "34", "35", "36", "37", FLAGS)
-#define RS16(NAME, SHAPE, FLAGS) \
-  RS_KERNEL(NAME, SHAPE, 16, "16", "17", "18", "19", "20", "21", FLAGS)
+#define RS32(NAME, SHAPE, FLAGS) RS_KERNEL(NAME, SHAPE, 32, "32", "33", "34", "35", "36", "37", FLAGS)
+#define RS16(NAME, SHAPE, FLAGS) RS_KERNEL(NAME, SHAPE, 16, "16", "17", "18", "19", "20", "21", FLAGS)
 
 // 16-bit types: negation of A and B, then transposition of A (SS only) and B.
 SS32(bf16_ss, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0, 0")

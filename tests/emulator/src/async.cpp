@@ -67,6 +67,7 @@ void write_destination(BulkCopy& copy) {
 
 // Takes the next step of a copy; true when it is finished. Steps happen once a copy is due.
 bool step(BulkCopy& copy) {
+  ++copy.cta->cluster->effects;
   try {
     if (!copy.read_done) {
       read_source(copy);

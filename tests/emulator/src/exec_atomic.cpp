@@ -63,12 +63,15 @@ uint64_t apply(Op op, PtxType type, uint64_t old, uint64_t value, uint64_t compa
 }
 
 template <class T>
-uint64_t update(uint8_t* where, Op op, PtxType type, uint64_t value, uint64_t compare) {
+uint64_t update(uint8_t* where, Op op, PtxType type, uint64_t value, uint64_t compare, uint64_t& effects) {
   T* cell = reinterpret_cast<T*>(where);
   T old = __atomic_load_n(cell, __ATOMIC_RELAXED);
   for (;;) {
     const T next = static_cast<T>(apply(op, type, old, value, compare));
-    if (__atomic_compare_exchange_n(cell, &old, next, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return old;
+    if (__atomic_compare_exchange_n(cell, &old, next, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+      effects += next != old;
+      return old;
+    }
   }
 }
 
@@ -85,6 +88,7 @@ Status atomic(Warp& w, const Inst& i, Mask mask) {
   Lookup found;
   resolve(w, mask, mode.space, addresses, bytes * mode.vector, Access::kReadWrite, mode.scope, mode.order, found);
   const Ref* extra = w.launch->program->refs.data() + i.extra;
+  uint64_t& effects = w.cluster->effects;
   for (uint32_t k = 0; k < mode.vector; ++k) {
     const Ref source = mode.vector == 1 ? i.a : extra[(has_result ? mode.vector : 0) + k];
     const Ref result = mode.vector == 1 ? i.d : has_result ? extra[k] : kNoRef;
@@ -98,9 +102,9 @@ Status atomic(Warp& w, const Inst& i, Mask mask) {
         value = bytes == 8 ? in<uint64_t>(w, i.c)[l] : in<uint32_t>(w, i.c)[l];
       }
       uint8_t* cell = found.data[l] + k * bytes;
-      old[l] = bytes == 8   ? update<uint64_t>(cell, op, type, value, compare)
-               : bytes == 4 ? update<uint32_t>(cell, op, type, value, compare)
-                            : update<uint16_t>(cell, op, type, value, compare);
+      old[l] = bytes == 8   ? update<uint64_t>(cell, op, type, value, compare, effects)
+               : bytes == 4 ? update<uint32_t>(cell, op, type, value, compare, effects)
+                            : update<uint16_t>(cell, op, type, value, compare, effects);
     }
     if (result == kNoRef) continue;
     if (bytes == 8) {

@@ -23,6 +23,7 @@ void complete_barrier(Cta& cta, uint32_t id) {
   b.expected = b.arrived = 0;
   b.arrived_warps = b.waiting_warps = 0;
   ++b.generation;
+  ++cta.cluster->effects;
 }
 
 bool is_full(const Cta& cta, const NamedBarrier& b) {
@@ -111,6 +112,7 @@ void settle_cluster(Cluster& cluster) {
   if (cluster.cluster_arrived == 0 || cluster.cluster_arrived < cluster_warps(cluster)) return;
   cluster.cluster_arrived = 0;
   ++cluster.cluster_generation;
+  ++cluster.effects;
   if (cluster.checks) cluster.checks->cluster_complete();
 }
 Status cluster_arrive(Warp& w, const Inst& i, Mask mask) {
@@ -209,6 +211,7 @@ void decode_fence(Decoder& d) {
 void warp_exited(Warp& w) {
   Cta& cta = *w.cta;
   --cta.warps_left;
+  ++cta.cluster->effects;
   for (uint32_t id = 0; id < cta.barriers.size(); ++id) {
     const NamedBarrier& b = cta.barriers[id];
     if (b.arrived_warps && b.whole_cta && is_full(cta, b)) complete_barrier(cta, id);

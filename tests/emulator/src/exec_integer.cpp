@@ -305,6 +305,26 @@ Status add_carry(Warp& w, const Inst& i, Mask mask) {
   return Status::kNext;
 }
 
+// mad.lo.cc, madc.hi and their kin. aux: 1 uses the carry, 2 sets it, 4 the high half.
+template <class T>
+Status mad_carry(Warp& w, const Inst& i, Mask mask) {
+  const T* a = in<T>(w, i.a);
+  const T* b = in<T>(w, i.b);
+  const T* c = in<T>(w, i.c);
+  alignas(64) T result[kLanes];
+  Mask carry = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    const Wide<T> product = Wide<T>(a[l]) * b[l];
+    const T part = static_cast<T>(i.aux & 4 ? product >> (8 * sizeof(T)) : product);
+    const Wide<T> sum = Wide<T>(part) + c[l] + (i.aux & 1 ? w.carry >> l & 1 : 0);
+    result[l] = static_cast<T>(sum);
+    carry |= Mask(static_cast<Mask>(sum >> (8 * sizeof(T))) & 1) << l;
+  }
+  if (i.aux & 2) w.carry = (w.carry & ~mask) | (carry & mask);
+  store_lanes(at<T>(w, i.d), result, mask);
+  return Status::kNext;
+}
+
 template <class Op>
 struct BinaryU32 { static constexpr Handler handler = binary<Op, uint32_t, uint32_t, uint32_t>; };
 
@@ -462,6 +482,17 @@ bool decode_integer(Decoder& d) {
     } else {
       emit_binary(d, subtract ? for_bits<Sub>(type) : for_bits<Add>(type), type, type, type);
     }
+  } else if (op == "madc" || (op == "mad" && p.has("cc"))) {
+    // The sign would matter for the high half alone, and nvcc writes that unsigned.
+    if (p.has("hi") && is_signed(type)) d.unsupported("signed high half with carry");
+    Inst in;
+    in.run = type_bytes(type) == 8 ? mad_carry<uint64_t> : mad_carry<uint32_t>;
+    in.a = d.source(1, type);
+    in.b = d.source(2, type);
+    in.c = d.source(3, type);
+    in.aux = (op == "madc" ? 1 : 0) | (p.has("cc") ? 2 : 0) | (p.has("hi") ? 4 : 0);
+    in.d = d.destination(0, type);
+    d.emit(in);
   } else if (op == "mul" || op == "mad") {
     const bool wide = p.has("wide"), hi = p.has("hi"), mad = op == "mad";
     if (p.has("cc") || p.has("sat") || (!wide && !hi && !p.has("lo"))) d.unsupported("mode");

@@ -325,6 +325,7 @@ bool arrive(Warp& w, Mask lane, Mbarrier& b, uint32_t count) {
     fault(w, lane, "mbarrier", std::to_string(count) + " arrivals on the mbarrier at shared " + hex(b.address) + ": " + describe(b), b.address);
   }
   b.pending -= count;
+  ++w.cluster->effects;
   return settle(b);
 }
 
@@ -336,6 +337,7 @@ void complete_tx(Cta& issuer, uint32_t warp, uint32_t pc, Cta& cta, uint32_t off
   }
   add_tx(launch, pc, &issuer, warp, 0, *b, -static_cast<int64_t>(bytes));
   const bool ended = settle(*b);
+  ++cta.cluster->effects;
   if (cta.cluster->checks) cta.cluster->checks->mbarrier_complete_tx(cta.rank, offset, bytes, ended);
 }
 
@@ -366,7 +368,7 @@ std::string describe_wait(const Warp& w, const Path& path) {
     case Wait::kWgmma: text += "wgmma group: another warp of the warpgroup has not issued it"; break;
     case Wait::kBulk: text += "bulk copies"; break;
     case Wait::kRegisters: text += "setmaxnreg.inc to " + std::to_string(wait.id) + ": not enough registers released"; break;
-    case Wait::kNone: text += "has not run"; break;
+    case Wait::kNone: text += "runs"; break;
   }
   return text + " (" + std::string(in.opcode) + ")";
 }

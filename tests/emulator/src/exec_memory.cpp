@@ -51,6 +51,7 @@ Status store(Warp& w, const Inst& i, Mask mask) {
       std::memcpy(found.data[l] + k * sizeof(T), &element, sizeof(T));
     }
   }
+  ++w.cluster->effects;
   return Status::kNext;
 }
 

@@ -20,11 +20,16 @@ namespace formats_detail {
 template <Round kRound>
 constexpr uint32_t round_up(uint32_t negative, uint32_t odd, uint32_t rest, uint32_t half) {
   switch (kRound) {
-    case Round::kNearest: return (rest > half) | ((rest == half) & odd);
-    case Round::kZero: return 0;
-    case Round::kDown: return (rest != 0) & negative;
-    case Round::kUp: return (rest != 0) & (negative ^ 1);
-    case Round::kAway: return rest >= half;
+    case Round::kNearest:
+      return (rest > half) | ((rest == half) & odd);
+    case Round::kZero:
+      return 0;
+    case Round::kDown:
+      return (rest != 0) & negative;
+    case Round::kUp:
+      return (rest != 0) & (negative ^ 1);
+    case Round::kAway:
+      return rest >= half;
   }
   return 0;
 }
@@ -56,8 +61,7 @@ constexpr uint32_t narrow_magnitude(uint32_t bits, bool saturate) {
   const int32_t lifted = exponent > kMinExponent ? exponent - kMinExponent : 0;
   uint32_t code = kept + (static_cast<uint32_t>(lifted) << kMantissa);
   const bool infinite = magnitude == 0x7f800000u;
-  const bool to_max =
-      saturate || !kHasInf || (overflow_stays_finite<kRound>(negative) && !infinite);
+  const bool to_max = saturate || !kHasInf || (overflow_stays_finite<kRound>(negative) && !infinite);
   code = code >= kOverflow ? (to_max ? kOverflow - 1 : kOverflow) : code;
   return magnitude > 0x7f800000u ? kNan : code;
 }
@@ -68,8 +72,7 @@ constexpr uint32_t cut_bits(uint32_t bits, bool saturate) {
   constexpr uint32_t kMask = (1u << kDrop) - 1;
   const uint32_t negative = bits >> 31;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t up =
-      round_up<kRound>(negative, (magnitude >> kDrop) & 1, magnitude & kMask, 1u << (kDrop - 1));
+  const uint32_t up = round_up<kRound>(negative, (magnitude >> kDrop) & 1, magnitude & kMask, 1u << (kDrop - 1));
   uint32_t kept = (magnitude >> kDrop) + up;
   kept = saturate && kept >= (0x7f800000u >> kDrop) ? (0x7f800000u >> kDrop) - 1 : kept;
   return kept | (negative << (31 - kDrop));
@@ -106,8 +109,7 @@ inline float tf32_operand(uint32_t bits) { return bits_float(bits & 0xffffe000u)
 template <Round kRound = Round::kNearest>
 inline uint16_t f32_to_f16(float x, bool relu = false, bool saturate = false) {
   const uint32_t bits = float_bits(x);
-  const uint32_t code =
-      formats_detail::narrow_magnitude<kRound, 10, 15, 0x7c00, 0x7fff, true>(bits, saturate);
+  const uint32_t code = formats_detail::narrow_magnitude<kRound, 10, 15, 0x7c00, 0x7fff, true>(bits, saturate);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t negative = nan ? 0 : bits >> 31;
   return static_cast<uint16_t>(relu && negative ? 0 : code | negative << 15);
@@ -133,8 +135,7 @@ inline uint32_t f32_to_tf32(float x, bool relu = false, bool saturate = false) {
 // PTX has fp8 conversions only with satfinite.
 inline uint8_t f32_to_e4m3(float x, bool relu = false) {
   const uint32_t bits = float_bits(x);
-  const uint32_t code =
-      formats_detail::narrow_magnitude<Round::kNearest, 3, 7, 0x7f, 0x7f, false>(bits, true);
+  const uint32_t code = formats_detail::narrow_magnitude<Round::kNearest, 3, 7, 0x7f, 0x7f, false>(bits, true);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t negative = nan ? 0 : bits >> 31;
   return static_cast<uint8_t>(relu && negative ? 0 : code | negative << 7);
@@ -142,8 +143,7 @@ inline uint8_t f32_to_e4m3(float x, bool relu = false) {
 
 inline uint8_t f32_to_e5m2(float x, bool relu = false) {
   const uint32_t bits = float_bits(x);
-  const uint32_t code =
-      formats_detail::narrow_magnitude<Round::kNearest, 2, 15, 0x7c, 0x7f, true>(bits, true);
+  const uint32_t code = formats_detail::narrow_magnitude<Round::kNearest, 2, 15, 0x7c, 0x7f, true>(bits, true);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t negative = nan ? 0 : bits >> 31;
   return static_cast<uint8_t>(relu && negative ? 0 : code | negative << 7);

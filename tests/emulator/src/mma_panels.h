@@ -86,14 +86,22 @@ struct DecodeU8 {
 template <class Body>
 void with_decoder(MmaFormat format, Body&& body) {
   switch (format) {
-    case MmaFormat::kF16: return body(DecodeF16{});
-    case MmaFormat::kBf16: return body(DecodeBf16{});
-    case MmaFormat::kTf32: return body(DecodeTf32{});
-    case MmaFormat::kE4m3: return body(DecodeE4m3{});
-    case MmaFormat::kE5m2: return body(DecodeE5m2{});
-    case MmaFormat::kS8: return body(DecodeS8{});
-    case MmaFormat::kU8: return body(DecodeU8{});
-    default: throw OperandFault("matrix instruction: not an operand format");
+    case MmaFormat::kF16:
+      return body(DecodeF16{});
+    case MmaFormat::kBf16:
+      return body(DecodeBf16{});
+    case MmaFormat::kTf32:
+      return body(DecodeTf32{});
+    case MmaFormat::kE4m3:
+      return body(DecodeE4m3{});
+    case MmaFormat::kE5m2:
+      return body(DecodeE5m2{});
+    case MmaFormat::kS8:
+      return body(DecodeS8{});
+    case MmaFormat::kU8:
+      return body(DecodeU8{});
+    default:
+      throw OperandFault("matrix instruction: not an operand format");
   }
 }
 
@@ -158,8 +166,7 @@ inline void fill_b_from_registers(const uint32_t* const* registers, int count,
 
 template <int kBytes>
 struct UnsignedOf {
-  using Type = std::conditional_t<kBytes == 1, uint8_t,
-                                  std::conditional_t<kBytes == 2, uint16_t, uint32_t>>;
+  using Type = std::conditional_t<kBytes == 1, uint8_t, std::conditional_t<kBytes == 2, uint16_t, uint32_t>>;
 };
 
 // Interleaves the elements of two rows: one round of a transposition.
@@ -167,8 +174,7 @@ template <class Row>
 inline void interleave(Row a, Row b, Row& low, Row& high) {
   if constexpr (sizeof(a[0]) == 1) {
     low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
-                                   31);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   } else if constexpr (sizeof(a[0]) == 2) {
     low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
     high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -212,11 +218,10 @@ inline typename VectorOf<Value>::Wide broadcast_columns(const Value* columns) {
   using Wide = typename VectorOf<Value>::Wide;
   // gcc 12 would build a generic shuffle through memory, and warns about its own unmasked form.
 #if defined(__AVX512F__)
-  return reinterpret_cast<Wide>(_mm512_maskz_broadcast_i32x4(
-      0xffff, _mm_load_si128(reinterpret_cast<const __m128i*>(columns))));
-#elif defined(__AVX2__)
   return reinterpret_cast<Wide>(
-      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(columns))));
+      _mm512_maskz_broadcast_i32x4(0xffff, _mm_load_si128(reinterpret_cast<const __m128i*>(columns))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Wide>(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(columns))));
 #else
   return *reinterpret_cast<const Wide*>(columns);
 #endif
@@ -242,8 +247,7 @@ inline void multiply_add(typename VectorOf<Value>::Wide& sum, typename VectorOf<
 
 // d[4 * block + i] += A * B for kBlocks column blocks; without `keep`, the old d counts as zero.
 template <class Value, int kBlocks>
-inline void multiply(const WarpPanelA<Value>& a, const BlockPanelB<Value>* b, int k, bool keep,
-                     uint32_t* const* d) {
+inline void multiply(const WarpPanelA<Value>& a, const BlockPanelB<Value>* b, int k, bool keep, uint32_t* const* d) {
   using Wide = typename VectorOf<Value>::Wide;
   constexpr int kParts = 2;  // vectors of one register that are in flight together
   for (int lane = 0; lane < 32; lane += kParts * kWideLanes) {

@@ -11,6 +11,9 @@ constexpr uint64_t kPlainSlice = 1024;
 // A try_wait returns false at most this often for one phase, so that loops around it cannot hide a
 // deadlock.
 constexpr uint32_t kMaxTimeouts = 3;
+constexpr uint64_t kDefaultLimit = 20'000'000'000;
+// Warps that spin on memory are not blocked: they are stopped when for so long nothing had an effect.
+constexpr uint64_t kMaxIdle = 50'000'000;
 
 void remove_path(Warp& w, uint32_t index) {
   w.paths[index] = w.paths.back();
@@ -210,24 +213,20 @@ bool force_timeouts(Cluster& cluster) {
   return any;
 }
 
-[[noreturn]] void report_deadlock(Cluster& cluster) {
-  std::string text = "no warp can go on";
-  const Warp* first = nullptr;
+// Ends the launch with a fault that tells where every warp stands.
+[[noreturn]] void stop_running(Cluster& cluster, const char* kind, std::string text) {
+  Warp* first = nullptr;
   for (auto& cta : cluster.ctas) {
     for (Warp& w : cta->warps) {
-      for (Path& path : w.paths) {
-        w.path = &path;
-        w.pc = path.pc;
-        if (!first) first = &w;
+      for (const Path& path : w.paths) {
         text += "\n  " + describe_wait(w, path);
+        if (!first) first = &w;
       }
     }
   }
-  if (!first) {
-    fault_at(*cluster.launch, 0, cluster.ctas[0].get(), 0, 0, "deadlock", text);
-  }
-  const_cast<Warp*>(first)->pc = first->paths.front().pc;
-  fault(*first, first->paths.front().mask, "deadlock", text);
+  if (!first) fault_at(*cluster.launch, 0, cluster.ctas[0].get(), 0, 0, kind, text);
+  first->pc = first->paths.front().pc;
+  fault(*first, first->paths.front().mask, kind, text);
 }
 
 }  // namespace
@@ -279,6 +278,7 @@ bool run_cluster(Cluster& cluster, uint64_t budget) {
   LaunchContext& launch = *cluster.launch;
   const bool hostile = launch.hostile();
   uint64_t executed = 0;
+  const uint64_t effects = cluster.effects;
   while (executed < budget) {
     if (launch.stop.load(std::memory_order_relaxed)) return true;
     ++cluster.round;
@@ -320,18 +320,14 @@ bool run_cluster(Cluster& cluster, uint64_t budget) {
       continue;
     }
     if (force_one(cluster) || force_timeouts(cluster)) continue;
-    report_deadlock(cluster);
+    stop_running(cluster, "deadlock", "no warp can go on");
   }
   const uint64_t total = launch.executed += executed;
-  const uint64_t limit = launch.options.max_instructions ? launch.options.max_instructions : 20'000'000'000ull;
-  if (total > limit) {
-    for (auto& cta : cluster.ctas) {
-      for (Warp& w : cta->warps) {
-        if (w.paths.empty()) continue;
-        w.pc = w.paths.front().pc;
-        fault(w, w.paths.front().mask, "watchdog", std::to_string(total) + " warp instructions executed and no end");
-      }
-    }
+  const uint64_t limit = launch.options.max_instructions ? launch.options.max_instructions : kDefaultLimit;
+  if (total > limit) stop_running(cluster, "watchdog", std::to_string(total) + " warp instructions executed and no end");
+  const uint64_t idle = cluster.effects != effects ? (launch.idle = 0) : launch.idle += executed;
+  if (idle > kMaxIdle) {
+    stop_running(cluster, "livelock", std::to_string(idle) + " warp instructions executed since anything was stored or signalled");
   }
   return false;
 }

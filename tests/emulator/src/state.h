@@ -240,8 +240,7 @@ struct Cluster {
   uint32_t cluster_arrived = 0;
   uint64_t cluster_generation = 0;
   std::vector<std::pair<Cta*, uint32_t>> order;  // scratch of the scheduler
-  uint64_t executed = 0;
-  uint64_t last_progress = 0;  // round
+  uint64_t effects = 0;  // stores, arrivals, copies, exits: what others could be waiting for
 };
 
 struct LaunchContext {
@@ -263,6 +262,7 @@ struct LaunchContext {
   std::atomic<bool> stop{false};
   std::atomic<uint64_t> next_cluster{0};
   std::atomic<uint64_t> executed{0};
+  std::atomic<uint64_t> idle{0};  // instructions since anything had an effect
   std::mutex mutex;  // printed, stats
   std::string printed;
   bool hostile() const { return options.adversarial; }

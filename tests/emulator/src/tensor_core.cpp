@@ -41,8 +41,7 @@ const char* invalid_formats(MmaFormat a, MmaFormat b, MmaFormat d) {
 const uint8_t* chunk_at(SharedView shared, uint32_t address, const char* operand) {
   if (shared.size < 16 || address > shared.size - 16) {
     char text[128];
-    std::snprintf(text, sizeof text,
-                  "wgmma: operand %s reads 16 bytes at shared 0x%x, beyond its %u bytes", operand,
+    std::snprintf(text, sizeof text, "wgmma: operand %s reads 16 bytes at shared 0x%x, beyond its %u bytes", operand,
                   address, shared.size);
     throw OperandFault(text);
   }
@@ -52,8 +51,7 @@ const uint8_t* chunk_at(SharedView shared, uint32_t address, const char* operand
 // Calls store(k, values) for every k with the widened values of the 8 rows that begin at 8 * group.
 // For panel B the even rows (columns of D) come first.
 template <class Decoder, bool kPanelB, class Store>
-void load_group(const MatrixDescriptor& descriptor, bool mn_major, uint32_t group,
-                SharedView shared, Store&& store) {
+void load_group(const MatrixDescriptor& descriptor, bool mn_major, uint32_t group, SharedView shared, Store&& store) {
   using Value = typename Decoder::Value;
   constexpr const char* kName = kPanelB ? "B" : "A";
   constexpr uint32_t kElements = 16 / Decoder::kBytes;
@@ -92,10 +90,9 @@ void fill_a(const WgmmaOp& op, const uint32_t* const* a, uint64_t a_desc, Shared
   } else {
     const MatrixDescriptor descriptor = decode_descriptor(a_desc);
     for (uint32_t group = 0; group < 8; ++group) {
-      load_group<Decoder, false>(descriptor, op.mn_major_a, group, shared,
-                                 [&](uint32_t k, const Value(&rows)[8]) {
-                                   store_rows<Value>(rows, warps[group >> 1][k][group & 1]);
-                                 });
+      load_group<Decoder, false>(descriptor, op.mn_major_a, group, shared, [&](uint32_t k, const Value(&rows)[8]) {
+        store_rows<Value>(rows, warps[group >> 1][k][group & 1]);
+      });
     }
   }
   if (op.negate_a != op.negate_b) {
@@ -108,22 +105,20 @@ void fill_a(const WgmmaOp& op, const uint32_t* const* a, uint64_t a_desc, Shared
 }
 
 template <class Decoder>
-void fill_b(const WgmmaOp& op, uint64_t b_desc, SharedView shared,
-            BlockPanelB<typename Decoder::Value>* blocks) {
+void fill_b(const WgmmaOp& op, uint64_t b_desc, SharedView shared, BlockPanelB<typename Decoder::Value>* blocks) {
   using Value = typename Decoder::Value;
   const MatrixDescriptor descriptor = decode_descriptor(b_desc);
   for (uint32_t block = 0; block < static_cast<uint32_t>(op.n) / 8; ++block) {
-    load_group<Decoder, true>(descriptor, op.mn_major_b, block, shared,
-                              [&](uint32_t k, const Value(&columns)[8]) {
-                                std::memcpy(blocks[block][k], columns, sizeof columns);
-                              });
+    load_group<Decoder, true>(descriptor, op.mn_major_b, block, shared, [&](uint32_t k, const Value(&columns)[8]) {
+      std::memcpy(blocks[block][k], columns, sizeof columns);
+    });
   }
 }
 
 // One warp's product for all columns; `d` are lane arrays of 32-bit accumulators.
 template <class Value>
-void multiply_warp(const WarpPanelA<Value>& a, const BlockPanelB<Value>* b, int blocks, int k,
-                   bool keep, uint32_t* const* d) {
+void multiply_warp(const WarpPanelA<Value>& a, const BlockPanelB<Value>* b, int blocks, int k, bool keep,
+                   uint32_t* const* d) {
   int block = 0;
   for (; block + kBlocksAtOnce <= blocks; block += kBlocksAtOnce) {
     multiply<Value, kBlocksAtOnce>(a, b + block, k, keep, d + 4 * block);
@@ -132,8 +127,8 @@ void multiply_warp(const WarpPanelA<Value>& a, const BlockPanelB<Value>* b, int 
 }
 
 // The product into f32 copies of packed f16 accumulators, rounded once at the end.
-void multiply_warp_f16(const WarpPanelA<float>& a, const BlockPanelB<float>* b, int blocks, int k,
-                       bool keep, const uint32_t* const* c, uint32_t* const* d) {
+void multiply_warp_f16(const WarpPanelA<float>& a, const BlockPanelB<float>* b, int blocks, int k, bool keep,
+                       const uint32_t* const* c, uint32_t* const* d) {
   alignas(64) uint32_t wide[128][32];
   uint32_t* pointers[128];
   for (int reg = 0; reg < 2 * blocks; ++reg) {
@@ -148,16 +143,14 @@ void multiply_warp_f16(const WarpPanelA<float>& a, const BlockPanelB<float>* b, 
   multiply_warp<float>(a, b, blocks, k, true, pointers);
   for (int reg = 0; reg < 2 * blocks; ++reg) {
     for (int lane = 0; lane < 32; ++lane) {
-      d[reg][lane] =
-          pack_f16x2(bits_float(wide[2 * reg + 1][lane]), bits_float(wide[2 * reg][lane]));
+      d[reg][lane] = pack_f16x2(bits_float(wide[2 * reg + 1][lane]), bits_float(wide[2 * reg][lane]));
     }
   }
 }
 
 // The product alone is at most 32 * 255 * 255, so that only the last addition can overflow.
-void multiply_warp_saturating(const WarpPanelA<uint32_t>& a, const BlockPanelB<uint32_t>* b,
-                              int blocks, int k, bool keep, const uint32_t* const* c,
-                              uint32_t* const* d) {
+void multiply_warp_saturating(const WarpPanelA<uint32_t>& a, const BlockPanelB<uint32_t>* b, int blocks, int k,
+                              bool keep, const uint32_t* const* c, uint32_t* const* d) {
   for (int block = 0; block < blocks; ++block) {
     alignas(64) uint32_t product[4][32];
     uint32_t* pointers[4] = {product[0], product[1], product[2], product[3]};
@@ -166,8 +159,7 @@ void multiply_warp_saturating(const WarpPanelA<uint32_t>& a, const BlockPanelB<u
       for (int lane = 0; lane < 32; ++lane) {
         const int64_t old = keep ? static_cast<int32_t>(c[4 * block + i][lane]) : 0;
         const int64_t sum = old + static_cast<int32_t>(product[i][lane]);
-        d[4 * block + i][lane] =
-            static_cast<uint32_t>(std::clamp<int64_t>(sum, INT32_MIN, INT32_MAX));
+        d[4 * block + i][lane] = static_cast<uint32_t>(std::clamp<int64_t>(sum, INT32_MIN, INT32_MAX));
       }
     }
   }
@@ -177,10 +169,9 @@ void multiply_warp_saturating(const WarpPanelA<uint32_t>& a, const BlockPanelB<u
 
 MatrixDescriptor decode_descriptor(uint64_t bits) {
   constexpr Swizzle kModes[4] = {Swizzle::kNone, Swizzle::k128B, Swizzle::k64B, Swizzle::k32B};
-  return {static_cast<uint32_t>(bits & 0x3fff) << 4,
-          static_cast<uint32_t>((bits >> 16) & 0x3fff) << 4,
-          static_cast<uint32_t>((bits >> 32) & 0x3fff) << 4,
-          static_cast<uint32_t>((bits >> 49) & 7), kModes[bits >> 62]};
+  return {static_cast<uint32_t>(bits & 0x3fff) << 4, static_cast<uint32_t>((bits >> 16) & 0x3fff) << 4,
+          static_cast<uint32_t>((bits >> 32) & 0x3fff) << 4, static_cast<uint32_t>((bits >> 49) & 7),
+          kModes[bits >> 62]};
 }
 
 uint64_t encode_descriptor(const MatrixDescriptor& descriptor) {
@@ -188,25 +179,22 @@ uint64_t encode_descriptor(const MatrixDescriptor& descriptor) {
   return static_cast<uint64_t>((descriptor.start >> 4) & 0x3fff) |
          static_cast<uint64_t>((descriptor.leading_offset >> 4) & 0x3fff) << 16 |
          static_cast<uint64_t>((descriptor.stride_offset >> 4) & 0x3fff) << 32 |
-         static_cast<uint64_t>(descriptor.base_offset & 7) << 49 |
-         kModes[static_cast<int>(descriptor.swizzle)] << 62;
+         static_cast<uint64_t>(descriptor.base_offset & 7) << 49 | kModes[static_cast<int>(descriptor.swizzle)] << 62;
 }
 
-uint32_t chunk_address(const MatrixDescriptor& descriptor, bool mn_major, uint32_t outer,
-                       uint32_t chunk) {
+uint32_t chunk_address(const MatrixDescriptor& descriptor, bool mn_major, uint32_t outer, uint32_t chunk) {
   const uint32_t span = swizzle_span(descriptor.swizzle);
   const bool swizzled = descriptor.swizzle != Swizzle::kNone;
   uint32_t offset;
   if (!mn_major) {
-    offset = outer / 8 * descriptor.stride_offset + outer % 8 * span +
-             chunk * (swizzled ? 16 : descriptor.leading_offset);
+    offset =
+        outer / 8 * descriptor.stride_offset + outer % 8 * span + chunk * (swizzled ? 16 : descriptor.leading_offset);
   } else if (swizzled) {
     const uint32_t chunks_per_span = span / 16;
-    offset = chunk % chunks_per_span * 16 + chunk / chunks_per_span * descriptor.leading_offset +
-             outer % 8 * span + outer / 8 * descriptor.stride_offset;
+    offset = chunk % chunks_per_span * 16 + chunk / chunks_per_span * descriptor.leading_offset + outer % 8 * span +
+             outer / 8 * descriptor.stride_offset;
   } else {
-    offset = chunk * descriptor.stride_offset + outer % 8 * 16 +
-             outer / 8 * descriptor.leading_offset;
+    offset = chunk * descriptor.stride_offset + outer % 8 * 16 + outer / 8 * descriptor.leading_offset;
   }
   const uint32_t linear = (descriptor.start + offset) & kAddressMask;
   return swizzle_address(descriptor.swizzle, linear, descriptor.base_offset);
@@ -232,8 +220,7 @@ void append_operand_ranges(const MatrixDescriptor& descriptor, bool mn_major, in
   }
 }
 
-void append_wgmma_ranges(const WgmmaOp& op, uint64_t a_desc, uint64_t b_desc,
-                         std::vector<ByteRange>& ranges) {
+void append_wgmma_ranges(const WgmmaOp& op, uint64_t a_desc, uint64_t b_desc, std::vector<ByteRange>& ranges) {
   if (!op.a_in_registers) {
     append_operand_ranges(decode_descriptor(a_desc), op.mn_major_a, 64, ranges);
   }
@@ -256,8 +243,8 @@ const char* invalid_wgmma(const WgmmaOp& op) {
   return nullptr;
 }
 
-void wgmma(const WgmmaOp& op, bool scale_d, uint32_t* const* d, const uint32_t* const* a,
-           uint64_t a_desc, uint64_t b_desc, SharedView shared) {
+void wgmma(const WgmmaOp& op, bool scale_d, uint32_t* const* d, const uint32_t* const* a, uint64_t a_desc,
+           uint64_t b_desc, SharedView shared) {
   const int blocks = op.n / 8;
   const int k = 32 / element_bytes(op.a);
   const int d_registers = wgmma_d_registers(op);
@@ -304,8 +291,8 @@ const char* invalid_mma(const MmaOp& op) {
   return nullptr;
 }
 
-void mma_sync(const MmaOp& op, uint32_t* const* d, const uint32_t* const* a,
-              const uint32_t* const* b, const uint32_t* const* c) {
+void mma_sync(const MmaOp& op, uint32_t* const* d, const uint32_t* const* a, const uint32_t* const* b,
+              const uint32_t* const* c) {
   auto run = [&]<class Value>(Value) {
     alignas(64) WarpPanelA<Value> panel_a;
     alignas(64) BlockPanelB<Value> panel_b;
@@ -331,8 +318,7 @@ void mma_sync(const MmaOp& op, uint32_t* const* d, const uint32_t* const* a,
     for (int i = 0; i < 4; ++i) {
       if (op.c == MmaFormat::kF16) {
         for (int lane = 0; lane < 32; ++lane) {
-          wide[i][lane] =
-              float_bits(f16_to_f32(static_cast<uint16_t>(c[i >> 1][lane] >> (16 * (i & 1)))));
+          wide[i][lane] = float_bits(f16_to_f32(static_cast<uint16_t>(c[i >> 1][lane] >> (16 * (i & 1)))));
         }
       } else {
         std::memcpy(wide[i], c[i], sizeof wide[i]);
@@ -377,8 +363,7 @@ void stmatrix(uint8_t* const* rows, int count, bool transposed, const uint32_t* 
       const int i = lane / 4;
       const int j = 2 * (lane % 4);
       (transposed ? values[j][i] : values[i][j]) = static_cast<uint16_t>(s[matrix][lane]);
-      (transposed ? values[j + 1][i] : values[i][j + 1]) =
-          static_cast<uint16_t>(s[matrix][lane] >> 16);
+      (transposed ? values[j + 1][i] : values[i][j + 1]) = static_cast<uint16_t>(s[matrix][lane] >> 16);
     }
     for (int row = 0; row < 8; ++row) std::memcpy(rows[8 * matrix + row], values[row], 16);
   }

@@ -25,10 +25,9 @@ struct TypeInfo {
 };
 
 constexpr TypeInfo kTypes[] = {
-    {"u8", 1, false},      {"u16", 2, false},  {"u32", 4, false},     {"s32", 4, false},
-    {"u64", 8, false},     {"s64", 8, false},  {"f16", 2, true},      {"f32", 4, true},
-    {"f64", 8, true},      {"bf16", 2, true},  {"f32.ftz", 4, true},  {"tf32", 4, true},
-    {"tf32.ftz", 4, true},
+    {"u8", 1, false},     {"u16", 2, false}, {"u32", 4, false},     {"s32", 4, false}, {"u64", 8, false},
+    {"s64", 8, false},    {"f16", 2, true},  {"f32", 4, true},      {"f64", 8, true},  {"bf16", 2, true},
+    {"f32.ftz", 4, true}, {"tf32", 4, true}, {"tf32.ftz", 4, true},
 };
 constexpr int kTypeCount = sizeof kTypes / sizeof kTypes[0];
 
@@ -81,8 +80,7 @@ std::string check_arguments(const TiledMapArguments& a) {
   }
   for (uint32_t i = 0; i + 1 < a.rank; ++i) {
     if (a.global_strides[i] % 16 != 0 || a.global_strides[i] >= kMaxStride) {
-      return text("globalStrides[%u] must be a multiple of 16 below 2^40, got %llu", i,
-                  ull{a.global_strides[i]});
+      return text("globalStrides[%u] must be a multiple of 16 below 2^40, got %llu", i, ull{a.global_strides[i]});
     }
   }
   const uint32_t inner = a.box_dim[0] * static_cast<uint32_t>(type.bytes);
@@ -99,8 +97,7 @@ template <class Row>
 void for_each_box_row(const TensorMap& map, const int32_t* coords, Row&& row) {
   const uint32_t element = static_cast<uint32_t>(map.stride[0]);
   const int64_t begin = std::max<int64_t>(coords[0], 0);
-  const int64_t end =
-      std::min<int64_t>(int64_t{coords[0]} + map.box[0], int64_t{map.last[0]} + 1);
+  const int64_t end = std::min<int64_t>(int64_t{coords[0]} + map.box[0], int64_t{map.last[0]} + 1);
   if (begin >= end) return;
   uint32_t counts[kMaxTmaRank] = {1, 1, 1, 1, 1};
   for (int dim = 1; dim < map.rank; ++dim) counts[dim] = box_elements(map, dim);
@@ -126,8 +123,8 @@ void for_each_box_row(const TensorMap& map, const int32_t* coords, Row&& row) {
 
 // Calls piece(shared address, box offset, bytes) for runs that stay together under the swizzle.
 template <class Piece>
-void for_each_shared_piece(const TensorMap& map, uint32_t shared_address, uint32_t box_offset,
-                           uint32_t bytes, Piece&& piece) {
+void for_each_shared_piece(const TensorMap& map, uint32_t shared_address, uint32_t box_offset, uint32_t bytes,
+                           Piece&& piece) {
   if (map.swizzle == Swizzle::kNone) {
     if (bytes > 0) piece(shared_address + box_offset, box_offset, bytes);
     return;
@@ -143,8 +140,7 @@ void for_each_shared_piece(const TensorMap& map, uint32_t shared_address, uint32
 
 uint8_t* shared_bytes(SharedView shared, uint32_t address, uint32_t bytes) {
   if (bytes > shared.size || address > shared.size - bytes) {
-    throw OperandFault(text("TMA: %u bytes at shared 0x%x are beyond its %u bytes", bytes, address,
-                            shared.size));
+    throw OperandFault(text("TMA: %u bytes at shared 0x%x are beyond its %u bytes", bytes, address, shared.size));
   }
   return shared.data + address;
 }
@@ -167,9 +163,7 @@ void fill_out_of_bounds(const TensorMap& map, uint8_t* staged, uint32_t bytes) {
   std::memset(staged, 0, bytes);
   if (!map.nan_fill) return;
   const int element = info(map.type).bytes;
-  const uint64_t nan = element == 2   ? 0x7fffu
-                       : element == 4 ? 0x7fffffffu
-                                      : uint64_t{0x7fffffffffffffff};
+  const uint64_t nan = element == 2 ? 0x7fffu : element == 4 ? 0x7fffffffu : uint64_t{0x7fffffffffffffff};
   for (uint32_t i = 0; i < bytes; i += static_cast<uint32_t>(element)) {
     std::memcpy(staged + i, &nan, static_cast<size_t>(element));
   }
@@ -183,13 +177,20 @@ Integer reduce_integer(ReduceOp op, Integer old, Integer value) {
   switch (op) {
     case ReduceOp::kAdd:
       return static_cast<Integer>(static_cast<Unsigned>(old) + static_cast<Unsigned>(value));
-    case ReduceOp::kMin: return std::min(old, value);
-    case ReduceOp::kMax: return std::max(old, value);
-    case ReduceOp::kInc: return old >= value ? 0 : static_cast<Integer>(old + 1);
-    case ReduceOp::kDec: return old == 0 || old > value ? value : static_cast<Integer>(old - 1);
-    case ReduceOp::kAnd: return old & value;
-    case ReduceOp::kOr: return old | value;
-    case ReduceOp::kXor: return old ^ value;
+    case ReduceOp::kMin:
+      return std::min(old, value);
+    case ReduceOp::kMax:
+      return std::max(old, value);
+    case ReduceOp::kInc:
+      return old >= value ? 0 : static_cast<Integer>(old + 1);
+    case ReduceOp::kDec:
+      return old == 0 || old > value ? value : static_cast<Integer>(old - 1);
+    case ReduceOp::kAnd:
+      return old & value;
+    case ReduceOp::kOr:
+      return old | value;
+    case ReduceOp::kXor:
+      return old ^ value;
   }
   return old;
 }
@@ -213,15 +214,13 @@ float flush_subnormal(float x) {
 }
 
 template <class Bits, class Combine>
-void reduce_elements(uint8_t* destination, const uint8_t* staged, uint32_t bytes,
-                     Combine&& combine) {
+void reduce_elements(uint8_t* destination, const uint8_t* staged, uint32_t bytes, Combine&& combine) {
   for (uint32_t i = 0; i < bytes; i += sizeof(Bits)) {
     Bits value;
     std::memcpy(&value, staged + i, sizeof value);
     auto* target = reinterpret_cast<Bits*>(destination + i);
     Bits old = __atomic_load_n(target, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(target, &old, combine(old, value), true, __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED)) {
+    while (!__atomic_compare_exchange_n(target, &old, combine(old, value), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
 }
@@ -230,8 +229,7 @@ template <class Integer>
 void reduce_integers(ReduceOp op, uint8_t* destination, const uint8_t* staged, uint32_t bytes) {
   using Bits = std::make_unsigned_t<Integer>;
   reduce_elements<Bits>(destination, staged, bytes, [op](Bits old, Bits value) {
-    return static_cast<Bits>(
-        reduce_integer(op, static_cast<Integer>(old), static_cast<Integer>(value)));
+    return static_cast<Bits>(reduce_integer(op, static_cast<Integer>(old), static_cast<Integer>(value)));
   });
 }
 
@@ -255,8 +253,7 @@ std::string encode_tensor_map(const TiledMapArguments& arguments, void* opaque) 
     map.element_stride[i] = static_cast<uint8_t>(arguments.element_strides[i]);
     map.box[i] = static_cast<uint16_t>(arguments.box_dim[i]);
     map.last[i] = static_cast<uint32_t>(arguments.global_dim[i] - 1);
-    map.stride[i] = i == 0 ? static_cast<uint64_t>(info(map.type).bytes)
-                           : arguments.global_strides[i - 1];
+    map.stride[i] = i == 0 ? static_cast<uint64_t>(info(map.type).bytes) : arguments.global_strides[i - 1];
   }
   map.check = checksum(map);
   std::memset(opaque, 0, 128);
@@ -268,8 +265,7 @@ TensorMap decode_tensor_map(const void* opaque) {
   TensorMap map;
   std::memcpy(&map, opaque, sizeof map);
   if (map.magic != kMagic || map.check != checksum(map)) {
-    throw OperandFault(
-        "TMA: these 128 bytes are not a tensor map made by cuTensorMapEncodeTiled");
+    throw OperandFault("TMA: these 128 bytes are not a tensor map made by cuTensorMapEncodeTiled");
   }
   return map;
 }
@@ -293,13 +289,11 @@ void append_box_rows(const TensorMap& map, const int32_t* coords, std::vector<Bo
   for_each_box_row(map, coords, [&](const BoxRow& row) { rows.push_back(row); });
 }
 
-void append_shared_ranges(const TensorMap& map, uint32_t shared_address, uint32_t box_offset,
-                          uint32_t bytes, std::vector<ByteRange>& ranges) {
+void append_shared_ranges(const TensorMap& map, uint32_t shared_address, uint32_t box_offset, uint32_t bytes,
+                          std::vector<ByteRange>& ranges) {
   const size_t first = ranges.size();
   for_each_shared_piece(map, shared_address, box_offset, bytes,
-                        [&](uint32_t address, uint32_t, uint32_t length) {
-                          ranges.push_back({address, length});
-                        });
+                        [&](uint32_t address, uint32_t, uint32_t length) { ranges.push_back({address, length}); });
   // The swizzle permutes within 128-byte lines: sorted, whole lines become single ranges.
   std::sort(ranges.begin() + static_cast<std::ptrdiff_t>(first), ranges.end(),
             [](const ByteRange& x, const ByteRange& y) { return x.begin < y.begin; });
@@ -322,21 +316,18 @@ void read_tile(const TensorMap& map, const int32_t* coords, uint8_t* staged) {
   });
 }
 
-void place_tile(const TensorMap& map, const uint8_t* staged, SharedView shared,
-                uint32_t shared_address) {
-  for_each_shared_piece(map, shared_address, 0, box_bytes(map),
-                        [&](uint32_t address, uint32_t offset, uint32_t bytes) {
-                          std::memcpy(shared_bytes(shared, address, bytes), staged + offset, bytes);
-                        });
+void place_tile(const TensorMap& map, const uint8_t* staged, SharedView shared, uint32_t shared_address) {
+  for_each_shared_piece(map, shared_address, 0, box_bytes(map), [&](uint32_t address, uint32_t offset, uint32_t bytes) {
+    std::memcpy(shared_bytes(shared, address, bytes), staged + offset, bytes);
+  });
 }
 
-void collect_tile(const TensorMap& map, const int32_t* coords, SharedView shared,
-                  uint32_t shared_address, uint8_t* staged) {
+void collect_tile(const TensorMap& map, const int32_t* coords, SharedView shared, uint32_t shared_address,
+                  uint8_t* staged) {
   for_each_box_row(map, coords, [&](const BoxRow& row) {
     for_each_shared_piece(map, shared_address, row.box_offset, row.bytes,
                           [&](uint32_t address, uint32_t offset, uint32_t bytes) {
-                            std::memcpy(staged + offset, shared_bytes(shared, address, bytes),
-                                        bytes);
+                            std::memcpy(staged + offset, shared_bytes(shared, address, bytes), bytes);
                           });
   });
 }
@@ -367,45 +358,41 @@ const char* invalid_reduction(TmaType type, ReduceOp op) {
   }
 }
 
-void reduce_bulk(TmaType type, ReduceOp op, uint8_t* destination, const uint8_t* staged,
-                 uint32_t bytes) {
+void reduce_bulk(TmaType type, ReduceOp op, uint8_t* destination, const uint8_t* staged, uint32_t bytes) {
   if (const char* reason = invalid_reduction(type, op)) throw OperandFault(reason);
   switch (type) {
-    case TmaType::kU32: return reduce_integers<uint32_t>(op, destination, staged, bytes);
-    case TmaType::kS32: return reduce_integers<int32_t>(op, destination, staged, bytes);
-    case TmaType::kU64: return reduce_integers<uint64_t>(op, destination, staged, bytes);
-    case TmaType::kS64: return reduce_integers<int64_t>(op, destination, staged, bytes);
+    case TmaType::kU32:
+      return reduce_integers<uint32_t>(op, destination, staged, bytes);
+    case TmaType::kS32:
+      return reduce_integers<int32_t>(op, destination, staged, bytes);
+    case TmaType::kU64:
+      return reduce_integers<uint64_t>(op, destination, staged, bytes);
+    case TmaType::kS64:
+      return reduce_integers<int64_t>(op, destination, staged, bytes);
     case TmaType::kF16:
-      return reduce_elements<uint16_t>(
-          destination, staged, bytes, [op](uint16_t old, uint16_t value) {
-            const float a = f16_to_f32(old), b = f16_to_f32(value);
-            return f32_to_f16(op == ReduceOp::kAdd ? a + b : reduce_min_max(op, a, b));
-          });
+      return reduce_elements<uint16_t>(destination, staged, bytes, [op](uint16_t old, uint16_t value) {
+        const float a = f16_to_f32(old), b = f16_to_f32(value);
+        return f32_to_f16(op == ReduceOp::kAdd ? a + b : reduce_min_max(op, a, b));
+      });
     case TmaType::kBf16:
-      return reduce_elements<uint16_t>(
-          destination, staged, bytes, [op](uint16_t old, uint16_t value) {
-            const float a = bf16_to_f32(old), b = bf16_to_f32(value);
-            return f32_to_bf16(op == ReduceOp::kAdd ? a + b : reduce_min_max(op, a, b));
-          });
+      return reduce_elements<uint16_t>(destination, staged, bytes, [op](uint16_t old, uint16_t value) {
+        const float a = bf16_to_f32(old), b = bf16_to_f32(value);
+        return f32_to_bf16(op == ReduceOp::kAdd ? a + b : reduce_min_max(op, a, b));
+      });
     case TmaType::kF64:
-      return reduce_elements<uint64_t>(
-          destination, staged, bytes, [](uint64_t old, uint64_t value) {
-            return std::bit_cast<uint64_t>(std::bit_cast<double>(old) +
-                                           std::bit_cast<double>(value));
-          });
+      return reduce_elements<uint64_t>(destination, staged, bytes, [](uint64_t old, uint64_t value) {
+        return std::bit_cast<uint64_t>(std::bit_cast<double>(old) + std::bit_cast<double>(value));
+      });
     default:  // the f32 kinds
-      return reduce_elements<uint32_t>(
-          destination, staged, bytes, [](uint32_t old, uint32_t value) {
-            return float_bits(flush_subnormal(flush_subnormal(bits_float(old)) +
-                                              flush_subnormal(bits_float(value))));
-          });
+      return reduce_elements<uint32_t>(destination, staged, bytes, [](uint32_t old, uint32_t value) {
+        return float_bits(flush_subnormal(flush_subnormal(bits_float(old)) + flush_subnormal(bits_float(value))));
+      });
   }
 }
 
 void reduce_tile(const TensorMap& map, const int32_t* coords, ReduceOp op, const uint8_t* staged) {
   for_each_box_row(map, coords, [&](const BoxRow& row) {
-    reduce_bulk(map.type, op, reinterpret_cast<uint8_t*>(row.global), staged + row.box_offset,
-                row.bytes);
+    reduce_bulk(map.type, op, reinterpret_cast<uint8_t*>(row.global), staged + row.box_offset, row.bytes);
   });
 }
 

@@ -14,7 +14,19 @@ namespace flash_ext::emulator {
 
 // Values as in CUtensorMapDataType.
 enum class TmaType : uint8_t {
-  kU8, kU16, kU32, kS32, kU64, kS64, kF16, kF32, kF64, kBf16, kF32Ftz, kTf32, kTf32Ftz,
+  kU8,
+  kU16,
+  kU32,
+  kS32,
+  kU64,
+  kS64,
+  kF16,
+  kF32,
+  kF64,
+  kBf16,
+  kF32Ftz,
+  kTf32,
+  kTf32Ftz,
 };
 
 enum class ReduceOp : uint8_t { kAdd, kMin, kMax, kInc, kDec, kAnd, kOr, kXor };
@@ -32,9 +44,9 @@ struct TensorMap {
   uint8_t element_stride[kMaxTmaRank];  // [0] is ignored
   uint16_t box[kMaxTmaRank];            // innermost first, as all arrays here
   uint64_t address;
-  uint64_t stride[kMaxTmaRank];         // bytes; [0] is the size of an element
-  uint32_t last[kMaxTmaRank];           // size - 1
-  uint32_t check;                       // of all that stands before; decode_tensor_map verifies it
+  uint64_t stride[kMaxTmaRank];  // bytes; [0] is the size of an element
+  uint32_t last[kMaxTmaRank];    // size - 1
+  uint32_t check;                // of all that stands before; decode_tensor_map verifies it
 };
 static_assert(sizeof(TensorMap) <= 128);
 
@@ -43,10 +55,10 @@ struct TiledMapArguments {
   int type;
   uint32_t rank;
   uint64_t address;
-  const uint64_t* global_dim;      // [rank]
-  const uint64_t* global_strides;  // [rank - 1], bytes
-  const uint32_t* box_dim;         // [rank]
-  const uint32_t* element_strides; // [rank]
+  const uint64_t* global_dim;       // [rank]
+  const uint64_t* global_strides;   // [rank - 1], bytes
+  const uint32_t* box_dim;          // [rank]
+  const uint32_t* element_strides;  // [rank]
   int interleave;
   int swizzle;
   int l2_promotion;
@@ -76,17 +88,16 @@ struct BoxRow {
 void append_box_rows(const TensorMap& map, const int32_t* coords, std::vector<BoxRow>& rows);
 
 // Shared ranges that hold bytes [box_offset, box_offset + bytes) of the dense box.
-void append_shared_ranges(const TensorMap& map, uint32_t shared_address, uint32_t box_offset,
-                          uint32_t bytes, std::vector<ByteRange>& ranges);
+void append_shared_ranges(const TensorMap& map, uint32_t shared_address, uint32_t box_offset, uint32_t bytes,
+                          std::vector<ByteRange>& ranges);
 
 // -- loads: global -> staged (dense box, filled out of bounds) -> shared
 void read_tile(const TensorMap& map, const int32_t* coords, uint8_t* staged);
-void place_tile(const TensorMap& map, const uint8_t* staged, SharedView shared,
-                uint32_t shared_address);
+void place_tile(const TensorMap& map, const uint8_t* staged, SharedView shared, uint32_t shared_address);
 
 // -- stores: shared -> staged (in-bounds part of the dense box) -> global
-void collect_tile(const TensorMap& map, const int32_t* coords, SharedView shared,
-                  uint32_t shared_address, uint8_t* staged);
+void collect_tile(const TensorMap& map, const int32_t* coords, SharedView shared, uint32_t shared_address,
+                  uint8_t* staged);
 void write_tile(const TensorMap& map, const int32_t* coords, const uint8_t* staged);
 
 // -- reductions: collect_tile, then this; atomic per element between host threads
@@ -95,7 +106,6 @@ void reduce_tile(const TensorMap& map, const int32_t* coords, ReduceOp op, const
 
 // -- bulk copies move plain bytes (memcpy to and from a staged buffer); this applies `bytes` of
 // staged elements to `destination`, atomically per element between host threads.
-void reduce_bulk(TmaType type, ReduceOp op, uint8_t* destination, const uint8_t* staged,
-                 uint32_t bytes);
+void reduce_bulk(TmaType type, ReduceOp op, uint8_t* destination, const uint8_t* staged, uint32_t bytes);
 
 }  // namespace flash_ext::emulator

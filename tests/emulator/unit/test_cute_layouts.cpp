@@ -58,11 +58,9 @@ void check_descriptor(Atom atom, const char* what) {
         const bool mn_major = kMajor == GMMA::Major::MN;
         const uint32_t offset = static_cast<uint32_t>((mn_major ? row : k) * sizeof(Element));
         const uint32_t got =
-            fx::chunk_address(desc, mn_major, static_cast<uint32_t>(mn_major ? k : row),
-                              offset / 16) + offset % 16;
-        EXPECT(got == static_cast<uint32_t>(element - buffer),
-               "%s, block %d: (%d, %d) at 0x%x, not 0x%x", what, block, row, k, got,
-               static_cast<uint32_t>(element - buffer));
+            fx::chunk_address(desc, mn_major, static_cast<uint32_t>(mn_major ? k : row), offset / 16) + offset % 16;
+        EXPECT(got == static_cast<uint32_t>(element - buffer), "%s, block %d: (%d, %d) at 0x%x, not 0x%x", what, block,
+               row, k, got, static_cast<uint32_t>(element - buffer));
       }
     }
   }
@@ -88,25 +86,23 @@ void check_mn_major(const char* what) {
 
 // CuTe's fragments map (thread, value) to row + rows * col; values count registers, then elements.
 template <class Layout, class Coordinate>
-void check_fragment(Layout layout, int threads, int rows, const char* what,
-                    Coordinate&& coordinate) {
+void check_fragment(Layout layout, int threads, int rows, const char* what, Coordinate&& coordinate) {
   const int values = static_cast<int>(size<1>(layout));
   EXPECT(static_cast<int>(size<0>(layout)) == threads, "%s: threads", what);
   for (int thread = 0; thread < threads; ++thread) {
     for (int value = 0; value < values; ++value) {
       const int index = static_cast<int>(layout(thread, value));
       const fx::Coord got = coordinate(thread, value);
-      EXPECT((got == fx::Coord{index % rows, index / rows}), "%s: thread %d value %d is (%d, %d)",
-             what, thread, value, got.row, got.col);
+      EXPECT((got == fx::Coord{index % rows, index / rows}), "%s: thread %d value %d is (%d, %d)", what, thread, value,
+             got.row, got.col);
     }
   }
 }
 
 template <int kN>
 void check_wgmma_accumulator() {
-  check_fragment(GMMA::CLayout_64xN<kN>{}, 128, 64, "accumulator", [](int thread, int value) {
-    return fx::accumulator_coord(thread / 32, thread % 32, value);
-  });
+  check_fragment(GMMA::CLayout_64xN<kN>{}, 128, 64, "accumulator",
+                 [](int thread, int value) { return fx::accumulator_coord(thread / 32, thread % 32, value); });
   check_fragment(GMMA::CLayout_64xN<kN>{}, 128, 64, "f16 accumulator", [](int thread, int value) {
     return fx::accumulator_coord_f16(thread / 32, thread % 32, value / 2, value % 2);
   });
@@ -130,9 +126,8 @@ void check_mma(int bytes, const char* what) {
     const fx::Coord at = fx::fragment_b_coord(thread, value / packed, value % packed, bytes);
     return fx::Coord{at.col, at.row};
   });
-  check_fragment(typename Traits::CLayout{}, 32, 16, what, [](int thread, int value) {
-    return fx::accumulator_coord(0, thread, value);
-  });
+  check_fragment(typename Traits::CLayout{}, 32, 16, what,
+                 [](int thread, int value) { return fx::accumulator_coord(0, thread, value); });
 }
 
 // Copy traits map (thread, bit) to a bit of the 8x8 matrices stored one after the other. ldmatrix
@@ -154,8 +149,7 @@ void check_ldmatrix(int count, bool transposed, const char* what) {
     for (int element = 0; element < 2 * count; ++element) {
       const int want = static_cast<int>(layout(lane, 16 * element)) / 16;
       const uint32_t got = registers[element / 2][lane] >> 16 * (element % 2) & 0xffff;
-      EXPECT(static_cast<int>(got) == want, "%s: lane %d element %d is %u, not %d", what, lane,
-             element, got, want);
+      EXPECT(static_cast<int>(got) == want, "%s: lane %d element %d is %u, not %d", what, lane, element, got, want);
     }
   }
 }

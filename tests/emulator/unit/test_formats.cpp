@@ -17,8 +17,7 @@ struct Narrow {
   bool has_infinity;
   int bias() const { return (1 << (exponent_bits - 1)) - 1; }
   uint32_t infinity() const {  // or the NaN that follows the largest finite e4m3
-    return has_infinity ? ((1u << exponent_bits) - 1) << mantissa_bits
-                        : (1u << (exponent_bits + mantissa_bits)) - 1;
+    return has_infinity ? ((1u << exponent_bits) - 1) << mantissa_bits : (1u << (exponent_bits + mantissa_bits)) - 1;
   }
   uint32_t sign_bit() const { return 1u << (exponent_bits + mantissa_bits); }
 
@@ -36,8 +35,7 @@ constexpr Narrow kF16{"f16", 5, 10, true}, kBf16{"bf16", 8, 7, true}, kTf32{"tf3
     kE4m3{"e4m3", 4, 3, false}, kE5m2{"e5m2", 5, 2, true};
 
 // The code (without a canonical NaN) that x rounds to.
-uint32_t reference(const Narrow& format, const std::vector<double>& magnitudes, float x,
-                   Round round, bool saturate) {
+uint32_t reference(const Narrow& format, const std::vector<double>& magnitudes, float x, Round round, bool saturate) {
   const uint32_t sign = std::signbit(x) ? format.sign_bit() : 0;
   const double magnitude = std::fabs(static_cast<double>(x));
   const uint32_t last = format.infinity() - 1;
@@ -46,17 +44,25 @@ uint32_t reference(const Narrow& format, const std::vector<double>& magnitudes, 
   uint32_t low = static_cast<uint32_t>(above - magnitudes.begin()) - 1;
   const double below_value = magnitudes[low];
   // The value after the largest finite one continues the pattern.
-  const double above_value =
-      low < last ? magnitudes[low + 1] : 2 * magnitudes[last] - magnitudes[last - 1];
+  const double above_value = low < last ? magnitudes[low + 1] : 2 * magnitudes[last] - magnitudes[last - 1];
   bool up = false;
   if (magnitude != below_value) {
     const double middle = below_value + (above_value - below_value) / 2;
     switch (round) {
-      case Round::kNearest: up = magnitude > middle || (magnitude == middle && (low & 1)); break;
-      case Round::kAway: up = magnitude >= middle; break;
-      case Round::kZero: break;
-      case Round::kUp: up = !sign; break;
-      case Round::kDown: up = sign != 0; break;
+      case Round::kNearest:
+        up = magnitude > middle || (magnitude == middle && (low & 1));
+        break;
+      case Round::kAway:
+        up = magnitude >= middle;
+        break;
+      case Round::kZero:
+        break;
+      case Round::kUp:
+        up = !sign;
+        break;
+      case Round::kDown:
+        up = sign != 0;
+        break;
     }
     if (low == last && (round == Round::kUp || round == Round::kDown)) up = up && !saturate;
   }
@@ -76,8 +82,8 @@ void check_narrowing(const Narrow& format, Round round, bool saturate, Convert&&
     if (std::isnan(x)) return;
     const uint32_t want = reference(format, magnitudes, x, round, saturate);
     const uint32_t got = convert(x);
-    EXPECT(got == want, "%s round %d saturate %d: %a gave 0x%x, not 0x%x", format.name,
-           static_cast<int>(round), saturate, x, got, want);
+    EXPECT(got == want, "%s round %d saturate %d: %a gave 0x%x, not 0x%x", format.name, static_cast<int>(round),
+           saturate, x, got, want);
   };
   auto check_around = [&](float x) {
     for (float y : {x, -x}) {
@@ -105,10 +111,8 @@ void check_narrowing(const Narrow& format, Round round, bool saturate, Convert&&
 template <Round kRound>
 void check_rounding() {
   for (bool saturate : {false, true}) {
-    check_narrowing(kF16, kRound, saturate,
-                    [&](float x) { return f32_to_f16<kRound>(x, false, saturate); });
-    check_narrowing(kBf16, kRound, saturate,
-                    [&](float x) { return f32_to_bf16<kRound>(x, false, saturate); });
+    check_narrowing(kF16, kRound, saturate, [&](float x) { return f32_to_f16<kRound>(x, false, saturate); });
+    check_narrowing(kBf16, kRound, saturate, [&](float x) { return f32_to_bf16<kRound>(x, false, saturate); });
     check_narrowing(kTf32, kRound, saturate, [&](float x) {
       const uint32_t bits = f32_to_tf32<kRound>(x, false, saturate);
       EXPECT((bits & 0x1fff) == 0, "tf32 keeps low bits: 0x%x", bits);
@@ -124,15 +128,12 @@ void check_widening(const Narrow& format, Widen&& widen) {
     const float got = widen(code);
     const uint32_t magnitude = code & (format.sign_bit() - 1);
     if (magnitude < format.infinity()) {
-      EXPECT(static_cast<double>(got) == format.value(code), "%s 0x%x gave %a", format.name, code,
-             got);
+      EXPECT(static_cast<double>(got) == format.value(code), "%s 0x%x gave %a", format.name, code, got);
     } else {
       const bool infinite = format.has_infinity && magnitude == format.infinity();
-      EXPECT(infinite ? std::isinf(got) : std::isnan(got), "%s 0x%x gave %a", format.name, code,
-             got);
+      EXPECT(infinite ? std::isinf(got) : std::isnan(got), "%s 0x%x gave %a", format.name, code, got);
     }
-    EXPECT(std::signbit(got) == ((code & format.sign_bit()) != 0), "%s 0x%x lost its sign",
-           format.name, code);
+    EXPECT(std::signbit(got) == ((code & format.sign_bit()) != 0), "%s 0x%x lost its sign", format.name, code);
   }
 }
 

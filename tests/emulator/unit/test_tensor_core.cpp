@@ -17,36 +17,52 @@ using namespace flash_ext::emulator;
 using F = MmaFormat;
 
 const char* name(F format) {
-  constexpr const char* kNames[] = {"f16",  "bf16", "tf32", "e4m3", "e5m2",
-                                    "s8",   "u8",   "f32",  "s32"};
+  constexpr const char* kNames[] = {"f16", "bf16", "tf32", "e4m3", "e5m2", "s8", "u8", "f32", "s32"};
   return kNames[static_cast<int>(format)];
 }
 
 uint32_t encode(F format, double x) {
   const float value = static_cast<float>(x);
   switch (format) {
-    case F::kF16: return f32_to_f16(value);
-    case F::kBf16: return f32_to_bf16(value);
-    case F::kTf32: return f32_to_tf32(value);
-    case F::kE4m3: return f32_to_e4m3(value);
-    case F::kE5m2: return f32_to_e5m2(value);
-    case F::kF32: return float_bits(value);
-    case F::kS32: return static_cast<uint32_t>(static_cast<int32_t>(x));
-    default: return static_cast<uint8_t>(static_cast<int32_t>(x));
+    case F::kF16:
+      return f32_to_f16(value);
+    case F::kBf16:
+      return f32_to_bf16(value);
+    case F::kTf32:
+      return f32_to_tf32(value);
+    case F::kE4m3:
+      return f32_to_e4m3(value);
+    case F::kE5m2:
+      return f32_to_e5m2(value);
+    case F::kF32:
+      return float_bits(value);
+    case F::kS32:
+      return static_cast<uint32_t>(static_cast<int32_t>(x));
+    default:
+      return static_cast<uint8_t>(static_cast<int32_t>(x));
   }
 }
 
 double decode(F format, uint32_t bits) {
   switch (format) {
-    case F::kF16: return f16_to_f32(static_cast<uint16_t>(bits));
-    case F::kBf16: return bf16_to_f32(static_cast<uint16_t>(bits));
-    case F::kTf32: return tf32_operand(bits);
-    case F::kE4m3: return e4m3_to_f32(static_cast<uint8_t>(bits));
-    case F::kE5m2: return e5m2_to_f32(static_cast<uint8_t>(bits));
-    case F::kS8: return static_cast<int8_t>(bits);
-    case F::kU8: return static_cast<uint8_t>(bits);
-    case F::kS32: return static_cast<int32_t>(bits);
-    default: return bits_float(bits);
+    case F::kF16:
+      return f16_to_f32(static_cast<uint16_t>(bits));
+    case F::kBf16:
+      return bf16_to_f32(static_cast<uint16_t>(bits));
+    case F::kTf32:
+      return tf32_operand(bits);
+    case F::kE4m3:
+      return e4m3_to_f32(static_cast<uint8_t>(bits));
+    case F::kE5m2:
+      return e5m2_to_f32(static_cast<uint8_t>(bits));
+    case F::kS8:
+      return static_cast<int8_t>(bits);
+    case F::kU8:
+      return static_cast<uint8_t>(bits);
+    case F::kS32:
+      return static_cast<int32_t>(bits);
+    default:
+      return bits_float(bits);
   }
 }
 
@@ -55,8 +71,7 @@ struct Matrix {
   Matrix(F format, int rows, int cols, bool integers, unit::Random& random)
       : format(format), cols(cols), codes(static_cast<size_t>(rows * cols)) {
     for (uint32_t& code : codes) {
-      const double x = integers ? random.between(format == F::kU8 ? 0 : -4, 4)
-                                : 4 * random.uniform() - 2;
+      const double x = integers ? random.between(format == F::kU8 ? 0 : -4, 4) : 4 * random.uniform() - 2;
       code = encode(format, x);
     }
   }
@@ -105,8 +120,7 @@ MatrixDescriptor place(Matrix& matrix, int rows, bool mn_major, Swizzle swizzle,
     for (int k = 0; k < matrix.cols; ++k) {
       const int offset = (mn_major ? row : k) * bytes;
       const uint32_t chunk =
-          chunk_address(d, mn_major, static_cast<uint32_t>(mn_major ? k : row),
-                        static_cast<uint32_t>(offset / 16));
+          chunk_address(d, mn_major, static_cast<uint32_t>(mn_major ? k : row), static_cast<uint32_t>(offset / 16));
       std::memcpy(&shared_memory[chunk + static_cast<uint32_t>(offset % 16)], &matrix.code(row, k),
                   static_cast<size_t>(bytes));
     }
@@ -124,21 +138,19 @@ struct Case {
 
 std::string describe(const Case& c) {
   char buffer[200];
-  std::snprintf(buffer, sizeof buffer,
-                "wgmma n%d %s.%s.%s %s ta%d tb%d na%d nb%d swizzle %d/%d scale_d %d", c.op.n,
-                name(c.op.d), name(c.op.a), name(c.op.b), c.op.a_in_registers ? "RS" : "SS",
-                c.op.mn_major_a, c.op.mn_major_b, c.op.negate_a, c.op.negate_b,
-                static_cast<int>(c.swizzle_a), static_cast<int>(c.swizzle_b), c.scale_d);
+  std::snprintf(buffer, sizeof buffer, "wgmma n%d %s.%s.%s %s ta%d tb%d na%d nb%d swizzle %d/%d scale_d %d", c.op.n,
+                name(c.op.d), name(c.op.a), name(c.op.b), c.op.a_in_registers ? "RS" : "SS", c.op.mn_major_a,
+                c.op.mn_major_b, c.op.negate_a, c.op.negate_b, static_cast<int>(c.swizzle_a),
+                static_cast<int>(c.swizzle_b), c.scale_d);
   return buffer;
 }
 
-void check_element(const std::string& what, F d_format, bool integers, double want, double sum_abs,
-                   double got, int row, int col) {
+void check_element(const std::string& what, F d_format, bool integers, double want, double sum_abs, double got, int row,
+                   int col) {
   // f32: one rounding per addition; f16: one more at the end.
   double bound = integers ? 0 : 34 * 0x1p-24 * sum_abs;
   if (d_format == F::kF16 && !integers) bound += 0x1p-11 * std::fabs(want) + 0x1p-25;
-  EXPECT(std::fabs(got - want) <= bound, "%s: (%d, %d) is %g, not %g", what.c_str(), row, col, got,
-         want);
+  EXPECT(std::fabs(got - want) <= bound, "%s: (%d, %d) is %g, not %g", what.c_str(), row, col, got, want);
 }
 
 void check_wgmma(const Case& c, unit::Random& random) {
@@ -192,8 +204,8 @@ void check_wgmma(const Case& c, unit::Random& random) {
           sum_abs += std::fabs(product);
         }
         const uint32_t word = d.pointers[static_cast<size_t>(i)][lane];
-        check_element(what, op.d, c.integers, want, sum_abs,
-                      decode(op.d, half ? word >> 16 * h & 0xffff : word), at.row, at.col);
+        check_element(what, op.d, c.integers, want, sum_abs, decode(op.d, half ? word >> 16 * h & 0xffff : word),
+                      at.row, at.col);
       }
     }
   }
@@ -205,10 +217,10 @@ struct Types {
   F a, b, d;
 };
 constexpr Types kTypes[] = {
-    {F::kF16, F::kF16, F::kF32},    {F::kF16, F::kF16, F::kF16},    {F::kBf16, F::kBf16, F::kF32},
-    {F::kTf32, F::kTf32, F::kF32},  {F::kE4m3, F::kE4m3, F::kF32},  {F::kE4m3, F::kE5m2, F::kF32},
-    {F::kE5m2, F::kE4m3, F::kF16},  {F::kE5m2, F::kE5m2, F::kF32},  {F::kS8, F::kS8, F::kS32},
-    {F::kS8, F::kU8, F::kS32},      {F::kU8, F::kU8, F::kS32},
+    {F::kF16, F::kF16, F::kF32},   {F::kF16, F::kF16, F::kF16},   {F::kBf16, F::kBf16, F::kF32},
+    {F::kTf32, F::kTf32, F::kF32}, {F::kE4m3, F::kE4m3, F::kF32}, {F::kE4m3, F::kE5m2, F::kF32},
+    {F::kE5m2, F::kE4m3, F::kF16}, {F::kE5m2, F::kE5m2, F::kF32}, {F::kS8, F::kS8, F::kS32},
+    {F::kS8, F::kU8, F::kS32},     {F::kU8, F::kU8, F::kS32},
 };
 
 void check_all_wgmma() {
@@ -252,8 +264,7 @@ void check_all_wgmma() {
 
 void check_mma(const MmaOp& op, bool integers, unit::Random& random) {
   char what[100];
-  std::snprintf(what, sizeof what, "mma m16n8k%d %s.%s.%s.%s", op.k, name(op.d), name(op.a),
-                name(op.b), name(op.c));
+  std::snprintf(what, sizeof what, "mma m16n8k%d %s.%s.%s.%s", op.k, name(op.d), name(op.a), name(op.b), name(op.c));
   const char* invalid = invalid_mma(op);
   EXPECT(invalid == nullptr, "%s: %s", what, invalid);
   const int bytes = element_bytes(op.a);
@@ -274,27 +285,24 @@ void check_mma(const MmaOp& op, bool integers, unit::Random& random) {
     }
     for (int reg = 0; reg < mma_c_registers(op); ++reg) {
       for (int h = 0; h < (c_half ? 2 : 1); ++h) {
-        const Coord at = c_half ? accumulator_coord_f16(0, lane, reg, h)
-                                : accumulator_coord(0, lane, reg);
+        const Coord at = c_half ? accumulator_coord_f16(0, lane, reg, h) : accumulator_coord(0, lane, reg);
         d_regs.put(reg, lane, h, c_half ? 2 : 4, c.code(at.row, at.col));
       }
     }
   }
-  mma_sync(op, d_regs.pointers.data(), a_regs.pointers.data(), b_regs.pointers.data(),
-           d_regs.pointers.data());
+  mma_sync(op, d_regs.pointers.data(), a_regs.pointers.data(), b_regs.pointers.data(), d_regs.pointers.data());
   for (int lane = 0; lane < 32; ++lane) {
     for (int reg = 0; reg < mma_d_registers(op); ++reg) {
       for (int h = 0; h < (d_half ? 2 : 1); ++h) {
-        const Coord at = d_half ? accumulator_coord_f16(0, lane, reg, h)
-                                : accumulator_coord(0, lane, reg);
+        const Coord at = d_half ? accumulator_coord_f16(0, lane, reg, h) : accumulator_coord(0, lane, reg);
         double want = c.value(at.row, at.col), sum_abs = std::fabs(want);
         for (int k = 0; k < op.k; ++k) {
           want += a.value(at.row, k) * b.value(at.col, k);
           sum_abs += std::fabs(a.value(at.row, k) * b.value(at.col, k));
         }
         const uint32_t word = d_regs.pointers[static_cast<size_t>(reg)][lane];
-        check_element(what, op.d, integers, want, sum_abs,
-                      decode(op.d, d_half ? word >> 16 * h & 0xffff : word), at.row, at.col);
+        check_element(what, op.d, integers, want, sum_abs, decode(op.d, d_half ? word >> 16 * h & 0xffff : word),
+                      at.row, at.col);
       }
     }
   }
@@ -344,8 +352,7 @@ void check_base_offset() {
       const MatrixDescriptor aligned{4096, 16, 8 * span, 0, swizzle};
       for (uint32_t row = 0; row < 32; ++row) {
         for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-          EXPECT(chunk_address(at_line, false, row, chunk) - 128 * base ==
-                     chunk_address(aligned, false, row, chunk),
+          EXPECT(chunk_address(at_line, false, row, chunk) - 128 * base == chunk_address(aligned, false, row, chunk),
                  "base offset %u, row %u", base, row);
         }
       }
@@ -376,8 +383,7 @@ void check_ranges_and_faults() {
           }
         }
       }
-      EXPECT(exact, "ranges miss a chunk (mn_major %d, swizzle %d)", mn_major,
-             static_cast<int>(swizzle));
+      EXPECT(exact, "ranges miss a chunk (mn_major %d, swizzle %d)", mn_major, static_cast<int>(swizzle));
     }
   }
   WgmmaOp op;
@@ -387,8 +393,7 @@ void check_ranges_and_faults() {
   for (auto [a_desc, b_desc] : {std::pair{inside, outside}, std::pair{outside, inside}}) {
     bool thrown = false;
     try {
-      wgmma(op, true, d.pointers.data(), nullptr, a_desc, b_desc,
-            {shared_memory.data(), kSharedBytes});
+      wgmma(op, true, d.pointers.data(), nullptr, a_desc, b_desc, {shared_memory.data(), kSharedBytes});
     } catch (const OperandFault&) {
       thrown = true;
     }
@@ -437,8 +442,7 @@ void check_matrix_moves() {
           const int m = i / 64, row = i / 8 % 8, col = i % 8;
           const bool swapped = load_transposed != store_transposed;
           EXPECT(result[m][row][col] == (swapped ? source[m][col][row] : source[m][row][col]),
-                 "matrix %d (%d, %d) of %d, trans %d %d", m, row, col, count, load_transposed,
-                 store_transposed);
+                 "matrix %d (%d, %d) of %d, trans %d %d", m, row, col, count, load_transposed, store_transposed);
         }
       }
     }

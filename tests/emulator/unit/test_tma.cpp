@@ -40,8 +40,17 @@ struct Problem {
     return storage.data() + (64 - address % 16);
   }
   TiledMapArguments arguments() {
-    return {static_cast<int>(type), rank, reinterpret_cast<uint64_t>(tensor()), dims, strides, box,
-            element_strides, 0, swizzle, 0, nan_fill};
+    return {static_cast<int>(type),
+            rank,
+            reinterpret_cast<uint64_t>(tensor()),
+            dims,
+            strides,
+            box,
+            element_strides,
+            0,
+            swizzle,
+            0,
+            nan_fill};
   }
 };
 
@@ -51,12 +60,12 @@ Problem random_problem(TmaType type, uint32_t rank, int swizzle, unit::Random& r
   p.rank = rank;
   p.swizzle = swizzle;
   const auto element = static_cast<uint32_t>(tma_element_bytes(type));
-  const bool floating = type == TmaType::kF16 || type == TmaType::kBf16 || type == TmaType::kF32 ||
-                        type == TmaType::kF64;
+  const bool floating =
+      type == TmaType::kF16 || type == TmaType::kBf16 || type == TmaType::kF32 || type == TmaType::kF64;
   p.nan_fill = floating ? random.below(2) : 0;
   const uint32_t span = swizzle == 0 ? 256 : swizzle_span(static_cast<Swizzle>(swizzle));
-  const uint32_t inner = random.below(2) ? span : 16 * static_cast<uint32_t>(1 + random.below(
-                                                           static_cast<int>(span / 16)));
+  const uint32_t inner =
+      random.below(2) ? span : 16 * static_cast<uint32_t>(1 + random.below(static_cast<int>(span / 16)));
   p.box[0] = inner / element;
   if (p.box[0] > 256) p.box[0] = 256;
   p.dims[0] = static_cast<uint64_t>(random.between(1, static_cast<int>(2 * p.box[0])));
@@ -108,16 +117,18 @@ void for_each_element(const Problem& p, const int32_t* coords,
 // Shared address of a dense byte, written out from the definition of the three patterns.
 uint32_t swizzled(int mode, uint32_t address) {
   switch (mode) {
-    case 1: return address ^ (address >> 7 & 1) << 4;
-    case 2: return address ^ (address >> 7 & 3) << 4;
-    case 3: return address ^ (address >> 7 & 7) << 4;
-    default: return address;
+    case 1:
+      return address ^ (address >> 7 & 1) << 4;
+    case 2:
+      return address ^ (address >> 7 & 3) << 4;
+    case 3:
+      return address ^ (address >> 7 & 7) << 4;
+    default:
+      return address;
   }
 }
 
-uint64_t nan_bits(int element) {
-  return element == 2 ? 0x7fff : element == 4 ? 0x7fffffff : 0x7fffffffffffffff;
-}
+uint64_t nan_bits(int element) { return element == 2 ? 0x7fff : element == 4 ? 0x7fffffff : 0x7fffffffffffffff; }
 
 uint32_t covered(const std::vector<ByteRange>& ranges, std::vector<int>& seen) {
   uint32_t bytes = 0;
@@ -157,8 +168,8 @@ void check_box(Problem& p, unit::Random& random) {
     const void* want = inside ? static_cast<const void*>(p.tensor() + offset) : &fill;
     const uint32_t at = swizzled(p.swizzle, start + dense * element);
     for (uint32_t i = 0; i < element; ++i) written[at + i] = 1;
-    EXPECT(std::memcmp(&shared[at], want, element) == 0, "load: rank %u type %d swizzle %d: %u",
-           p.rank, static_cast<int>(p.type), p.swizzle, dense);
+    EXPECT(std::memcmp(&shared[at], want, element) == 0, "load: rank %u type %d swizzle %d: %u", p.rank,
+           static_cast<int>(p.type), p.swizzle, dense);
   });
   EXPECT(elements * element == total, "box_bytes is %u, not %u", total, elements * element);
   bool untouched = true;
@@ -201,8 +212,7 @@ void check_box(Problem& p, unit::Random& random) {
     for (uint32_t i = 0; i < element; ++i) need[at + i] = 1;
     std::memcpy(&want[skew + offset], &source[at], element);
   });
-  EXPECT(p.storage == want, "store: rank %u type %d swizzle %d", p.rank, static_cast<int>(p.type),
-         p.swizzle);
+  EXPECT(p.storage == want, "store: rank %u type %d swizzle %d", p.rank, static_cast<int>(p.type), p.swizzle);
   EXPECT(read == need, "the rows of a store are not what it reads");
 }
 
@@ -210,8 +220,8 @@ void check_boxes() {
   unit::Random random(7);
   for (uint32_t rank = 1; rank <= 5; ++rank) {
     for (int swizzle = 0; swizzle < 4; ++swizzle) {
-      for (TmaType type : {TmaType::kU8, TmaType::kU16, TmaType::kF16, TmaType::kBf16,
-                           TmaType::kS32, TmaType::kF32, TmaType::kU64, TmaType::kF64}) {
+      for (TmaType type : {TmaType::kU8, TmaType::kU16, TmaType::kF16, TmaType::kBf16, TmaType::kS32, TmaType::kF32,
+                           TmaType::kU64, TmaType::kF64}) {
         for (int repeat = 0; repeat < 6; ++repeat) {
           Problem p = random_problem(type, rank, swizzle, random);
           check_box(p, random);
@@ -223,16 +233,14 @@ void check_boxes() {
 
 // Types that change what they load: subnormals to zero, tf32 rounded to nearest.
 void check_converting_loads() {
-  alignas(16) float data[4] = {bits_float(0x80000001u), 1.0f + 0x1p-11f + 0x1p-20f, -3.0f,
-                               0x1p-130f};
+  alignas(16) float data[4] = {bits_float(0x80000001u), 1.0f + 0x1p-11f + 0x1p-20f, -3.0f, 0x1p-130f};
   const uint64_t dims[1] = {4};
   const uint32_t box[1] = {4}, ones[1] = {1};
   const int32_t coords[1] = {0};
   for (TmaType type : {TmaType::kF32Ftz, TmaType::kTf32, TmaType::kTf32Ftz}) {
     Opaque opaque;
-    const std::string reason =
-        encode_tensor_map({static_cast<int>(type), 1, reinterpret_cast<uint64_t>(data), dims,
-                           nullptr, box, ones, 0, 0, 0, 0}, &opaque);
+    const std::string reason = encode_tensor_map(
+        {static_cast<int>(type), 1, reinterpret_cast<uint64_t>(data), dims, nullptr, box, ones, 0, 0, 0, 0}, &opaque);
     EXPECT(reason.empty(), "refused: %s", reason.c_str());
     uint32_t loaded[4];
     read_tile(decode_tensor_map(&opaque), coords, reinterpret_cast<uint8_t*>(loaded));
@@ -250,20 +258,19 @@ void check_refusals() {
   auto refusal = [&](auto change) {
     uint64_t dims[6] = {64, 8, 2, 1, 1, 1}, strides[5] = {128, 1024, 2048, 2048, 2048};
     uint32_t box[6] = {32, 4, 1, 1, 1, 1}, steps[6] = {1, 1, 1, 1, 1, 1};
-    TiledMapArguments a{static_cast<int>(TmaType::kBf16), 3, address, dims, strides, box, steps, 0,
-                        2, 0, 0};
+    TiledMapArguments a{static_cast<int>(TmaType::kBf16), 3, address, dims, strides, box, steps, 0, 2, 0, 0};
     Opaque opaque;
     change(a, dims, strides, box, steps);
     return encode_tensor_map(a, &opaque);
   };
-#define REFUSED(word, body)                                                                      \
-  do {                                                                                           \
-    const std::string reason = refusal([](TiledMapArguments& a, uint64_t* dims, uint64_t* strides, \
-                                          uint32_t* box, uint32_t* steps) {                      \
-      (void)a, (void)dims, (void)strides, (void)box, (void)steps;                                \
-      body;                                                                                      \
-    });                                                                                          \
-    EXPECT(reason.find(word) != std::string::npos, "%s gave '%s'", #body, reason.c_str());       \
+#define REFUSED(word, body)                                                                                   \
+  do {                                                                                                        \
+    const std::string reason =                                                                                \
+        refusal([](TiledMapArguments& a, uint64_t* dims, uint64_t* strides, uint32_t* box, uint32_t* steps) { \
+          (void)a, (void)dims, (void)strides, (void)box, (void)steps;                                         \
+          body;                                                                                               \
+        });                                                                                                   \
+    EXPECT(reason.find(word) != std::string::npos, "%s gave '%s'", #body, reason.c_str());                    \
   } while (0)
   EXPECT(refusal([](auto&&...) {}).empty(), "the valid map is refused");
   REFUSED("data type", a.type = 14);
@@ -293,7 +300,8 @@ void check_refusals() {
   EXPECT(refusal([](TiledMapArguments&, uint64_t* dims, uint64_t* strides, auto&&...) {
            dims[2] = uint64_t{1} << 32;
            strides[1] = 0;
-         }).empty(), "a stride of 0 or 2^32 elements are refused");
+         }).empty(),
+         "a stride of 0 or 2^32 elements are refused");
 
   Opaque garbage{};
   bool thrown = false;
@@ -311,8 +319,7 @@ void check_shared_bounds() {
   const uint32_t box[1] = {256}, ones[1] = {1};
   const int32_t coords[1] = {0};
   Opaque opaque;
-  encode_tensor_map({0, 1, reinterpret_cast<uint64_t>(data), dims, nullptr, box, ones, 0, 0, 0, 0},
-                    &opaque);
+  encode_tensor_map({0, 1, reinterpret_cast<uint64_t>(data), dims, nullptr, box, ones, 0, 0, 0, 0}, &opaque);
   const TensorMap map = decode_tensor_map(&opaque);
   std::vector<uint8_t> shared(512), staged(256);
   int thrown = 0;
@@ -334,15 +341,13 @@ void check_shared_bounds() {
 // Each operation on values whose result is known.
 template <class T>
 void check_reduction(TmaType type, ReduceOp op, T old, T value, T want) {
-  EXPECT(invalid_reduction(type, op) == nullptr, "type %d op %d", static_cast<int>(type),
-         static_cast<int>(op));
+  EXPECT(invalid_reduction(type, op) == nullptr, "type %d op %d", static_cast<int>(type), static_cast<int>(op));
   alignas(16) T target[16 / sizeof(T)], staged[16 / sizeof(T)];
   for (size_t i = 0; i < 16 / sizeof(T); ++i) target[i] = old, staged[i] = value;
   reduce_bulk(type, op, reinterpret_cast<uint8_t*>(target), reinterpret_cast<uint8_t*>(staged), 16);
   for (T got : target) {
-    EXPECT(got == want, "reduction type %d op %d: 0x%llx, not 0x%llx", static_cast<int>(type),
-           static_cast<int>(op), static_cast<unsigned long long>(got),
-           static_cast<unsigned long long>(want));
+    EXPECT(got == want, "reduction type %d op %d: 0x%llx, not 0x%llx", static_cast<int>(type), static_cast<int>(op),
+           static_cast<unsigned long long>(got), static_cast<unsigned long long>(want));
   }
 }
 
@@ -364,30 +369,25 @@ void check_reductions() {
   check_reduction<uint64_t>(TmaType::kU64, R::kAdd, 0xffffffff, 1, 0x100000000);
   check_reduction<uint64_t>(TmaType::kS64, R::kMin, ~uint64_t{0}, 1, ~uint64_t{0});
   check_reduction<uint64_t>(TmaType::kU64, R::kXor, 12, 10, 6);
-  check_reduction<uint16_t>(TmaType::kF16, R::kAdd, f32_to_f16(2048), f32_to_f16(1),
-                            f32_to_f16(2048));
+  check_reduction<uint16_t>(TmaType::kF16, R::kAdd, f32_to_f16(2048), f32_to_f16(1), f32_to_f16(2048));
   check_reduction<uint16_t>(TmaType::kF16, R::kAdd, 1, 2, 3);  // subnormals survive
   check_reduction<uint16_t>(TmaType::kF16, R::kMin, 0x7fff, f32_to_f16(1), f32_to_f16(1));
   check_reduction<uint16_t>(TmaType::kF16, R::kMin, 0, 0x8000, 0x8000);
   check_reduction<uint16_t>(TmaType::kF16, R::kMax, 0, 0x8000, 0);
-  check_reduction<uint16_t>(TmaType::kBf16, R::kAdd, f32_to_bf16(1.5f), f32_to_bf16(-4),
-                            f32_to_bf16(-2.5f));
+  check_reduction<uint16_t>(TmaType::kBf16, R::kAdd, f32_to_bf16(1.5f), f32_to_bf16(-4), f32_to_bf16(-2.5f));
   // 257 lies between 256 and 258 and goes to the even one.
-  check_reduction<uint16_t>(TmaType::kBf16, R::kAdd, f32_to_bf16(256), f32_to_bf16(1.0f),
-                            f32_to_bf16(256));
-  check_reduction<uint16_t>(TmaType::kBf16, R::kMax, f32_to_bf16(-1), f32_to_bf16(-4),
-                            f32_to_bf16(-1));
-  check_reduction<uint32_t>(TmaType::kF32, R::kAdd, float_bits(1.5f), float_bits(2.0f),
-                            float_bits(3.5f));
+  check_reduction<uint16_t>(TmaType::kBf16, R::kAdd, f32_to_bf16(256), f32_to_bf16(1.0f), f32_to_bf16(256));
+  check_reduction<uint16_t>(TmaType::kBf16, R::kMax, f32_to_bf16(-1), f32_to_bf16(-4), f32_to_bf16(-1));
+  check_reduction<uint32_t>(TmaType::kF32, R::kAdd, float_bits(1.5f), float_bits(2.0f), float_bits(3.5f));
   check_reduction<uint32_t>(TmaType::kF32, R::kAdd, 1, 0x80000001u, 0);
-  check_reduction<uint64_t>(TmaType::kF64, R::kAdd, std::bit_cast<uint64_t>(0.5),
-                            std::bit_cast<uint64_t>(0.25), std::bit_cast<uint64_t>(0.75));
-  constexpr std::pair<TmaType, ReduceOp> kMissing[] = {
-      {TmaType::kU8, R::kAdd},  {TmaType::kF32, R::kMin}, {TmaType::kF16, R::kOr},
-      {TmaType::kS32, R::kInc}, {TmaType::kU16, R::kXor}, {TmaType::kF32, R::kAnd}};
+  check_reduction<uint64_t>(TmaType::kF64, R::kAdd, std::bit_cast<uint64_t>(0.5), std::bit_cast<uint64_t>(0.25),
+                            std::bit_cast<uint64_t>(0.75));
+  constexpr std::pair<TmaType, ReduceOp> kMissing[] = {{TmaType::kU8, R::kAdd},  {TmaType::kF32, R::kMin},
+                                                       {TmaType::kF16, R::kOr},  {TmaType::kS32, R::kInc},
+                                                       {TmaType::kU16, R::kXor}, {TmaType::kF32, R::kAnd}};
   for (auto [type, op] : kMissing) {
-    EXPECT(invalid_reduction(type, op) != nullptr, "type %d has no operation %d",
-           static_cast<int>(type), static_cast<int>(op));
+    EXPECT(invalid_reduction(type, op) != nullptr, "type %d has no operation %d", static_cast<int>(type),
+           static_cast<int>(op));
   }
 
   // A clipped box adds to its in-bounds elements only, and concurrent reductions lose nothing.
