@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+# Threads that wait by spinning starve each other on a busy machine.
+export OMP_WAIT_POLICY ?= passive
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11'
 CUTLASS := nvidia-cutlass==4.2.0.0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import lzma
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,18 @@ FA3_VARIABLE = "FLASH_EXT_BENCH_FA3"
 FA3_LIBRARY = "_vllm_fa3_C.abi3.so"
 
 
+def _unpacked(path: Path) -> Path:
+    """A library that travelled as .xz (a tenth of its size) is unpacked beside the build."""
+    if path.suffix != ".xz" or not path.is_file():
+        return path
+    target = Path(__file__).resolve().parent.parent / "build" / path.stem
+    if not target.exists() or target.stat().st_mtime < path.stat().st_mtime:
+        target.parent.mkdir(exist_ok=True)
+        with lzma.open(path) as packed, target.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    return target
+
+
 class FlashAttention3(Implementation):
     """FlashAttention-3's forward from the library that vllm's wheel carries; nothing else of vllm is imported."""
 
@@ -235,7 +249,7 @@ class FlashAttention3(Implementation):
     def library(self) -> Path | None:
         given = os.environ.get(FA3_VARIABLE)
         if given:
-            return Path(given)
+            return _unpacked(Path(given))
         spec = importlib.util.find_spec("vllm")
         for folder in (spec.submodule_search_locations or []) if spec else []:
             path = Path(folder) / "vllm_flash_attn" / FA3_LIBRARY
@@ -248,7 +262,7 @@ class FlashAttention3(Implementation):
             return None
         path = self.library()
         if path is None:
-            return f"no library: point {FA3_VARIABLE} at {FA3_LIBRARY} of the vllm wheel, or install vllm"
+            return f"no library: point {FA3_VARIABLE} at {FA3_LIBRARY} (or .xz) of the vllm wheel, or install vllm"
         if not path.is_file():
             return f"{FA3_VARIABLE}={path} is not a file"
         if device != "cuda":

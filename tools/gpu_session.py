@@ -1,13 +1,20 @@
-"""Everything that needs a GPU, in one go: environment, build, doctor, tests. `make gpu` runs it.
+"""Everything that needs a GPU, in one go: environment, build, doctor, then what the plan asks for.
 
-    python tools/gpu_session.py [--out FOLDER] [--only STEP,STEP] [--budget SECONDS]
+    python tools/gpu_session.py [--plan gpu|bench|tune] [--out FOLDER] [--only STEP,STEP] [--budget SECONDS] [-- ARGUMENTS]
+
+| plan | make | does |
+|---|---|---|
+| gpu | gpu | tests, the quick benchmark, compute-sanitizer and ncu where they work |
+| bench | gpu-bench | benchmarks/run.py with the arguments after --, such as --preset paper --part 1/4 |
+| tune | gpu-tune | tools/tune.py with the arguments after --, such as --head-dim 128 --mask causal |
 
 For a machine with a GPU, python3, torch, nvcc and ninja, and no network: packages that are missing there, CUTLASS's
 headers above all, are taken from the wheels in the folder that FLASH_EXT_WHEELS names. They go into build/gpu_site and
 the library is built in place, so the machine's own packages stay as they are, and git ignores all of it.
 
-Each step has a time limit, and runs whatever became of the steps before it. FOLDER gets one log a step and summary.md,
-which is written anew after every step, so that a session cut short leaves one too. Exit status 1: a step failed.
+Each step has a time limit, and runs whatever became of the steps before it. FOLDER gets session.log, all output in order,
+and summary.md, which is written anew after every step, so that a session cut short leaves one too; benchmarks add their
+own files. Exit status 1: a step failed.
 """
 
 from __future__ import annotations
@@ -16,13 +23,14 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,25 +50,47 @@ PACKAGES = (
     "pytest",
     "pytest-timeout",
     "hypothesis",
+    "matplotlib",
+    "nvidia-ml-py",
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, run in the repository's root with a time limit in seconds."""
+    """One command, run in the repository's root with a time limit in seconds. "{out}" in it is the session's folder.
+
+    shown: lines of its output that the report ends with although it passed.
+    """
 
     name: str
     command: tuple[str, ...]
     limit: float
+    shown: int = 1
 
 
-STEPS = (
+def _bench(*arguments: str) -> tuple[str, ...]:
+    files = ("--json", "{out}/bench.json", "--plot", "{out}/bench.png", "--markdown", "{out}/bench.md")
+    return (sys.executable, "benchmarks/run.py", *files, *arguments)
+
+
+PREPARATION = (
     Step("environment", (sys.executable, "tools/gpu_session.py", "--print-environment"), 60),
-    Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 420),
+    Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 240),
     Step("doctor", (sys.executable, "-m", "flash_ext"), 60),
-    Step("resources", (sys.executable, "tools/resources.py"), 30),
-    Step("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10"), 420),
 )
+# The benchmark's own budget lies below its limit, so that it ends by itself and its tables are complete.
+PLANS = {
+    "gpu": (
+        *PREPARATION,
+        Step("resources", (sys.executable, "tools/resources.py"), 30),
+        Step("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10"), 240),
+        Step("benchmark", _bench("--preset", "quick", "--budget", "90"), 150, shown=60),
+        Step("sanitizer", (sys.executable, "tools/gpu_checks.py", "sanitize", "--limit", "45"), 150, shown=8),
+        Step("profile", (sys.executable, "tools/gpu_checks.py", "profile", "--limit", "75"), 90),
+    ),
+    "bench": (*PREPARATION, Step("benchmark", _bench("--budget", "360"), 450, shown=100)),
+    "tune": (*PREPARATION, Step("tune", (sys.executable, "tools/tune.py"), 500, shown=100)),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +98,7 @@ class Result:
     step: Step
     status: str  # "ok", "failed (exit N)", "timed out (N s)" or "not run (budget spent)"
     seconds: float
-    log: Path
+    output: str
 
     @property
     def ok(self) -> bool:
@@ -76,9 +106,16 @@ class Result:
 
 
 def run_step(step: Step, limit: float, log: Path, environment: dict[str, str]) -> Result:
-    """Run a step with all its output in log; at the limit its whole process group is ended."""
+    """Run a step with all its output added to log; at the limit its whole process group is ended."""
     start = time.monotonic()
-    with log.open("wb") as output:
+    with log.open("ab") as output:
+        output.write(f"\n=== {step.name}: {shlex.join(step.command)}\n".encode())
+        output.flush()
+        begin = output.tell()
+
+        def result(status: str) -> Result:
+            return Result(step, status, time.monotonic() - start, log.read_bytes()[begin:].decode(errors="replace"))
+
         try:
             process = subprocess.Popen(
                 step.command,
@@ -91,7 +128,8 @@ def run_step(step: Step, limit: float, log: Path, environment: dict[str, str]) -
             )
         except OSError as error:
             output.write(f"{error}\n".encode())
-            return Result(step, "failed (cannot start)", 0.0, log)
+            output.flush()
+            return result("failed (cannot start)")
         try:
             code = process.wait(limit)
             status = "ok" if code == 0 else f"failed (exit {code})"
@@ -101,7 +139,7 @@ def run_step(step: Step, limit: float, log: Path, environment: dict[str, str]) -
         except BaseException:
             _end_group(process)
             raise
-    return Result(step, status, time.monotonic() - start, log)
+        return result(status)
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -121,19 +159,18 @@ def _end_group(process: subprocess.Popen) -> None:
 def summary(results: Sequence[Result]) -> str:
     """A Markdown table, and the verdict."""
     width = max(len(r.step.name) for r in results)
-    lines = [f"| {'step':{width}} | status | time | log |", "|---|---|---|---|"]
-    lines += [f"| {r.step.name:{width}} | {r.status} | {r.seconds:.0f} s | {r.log.name} |" for r in results]
+    lines = [f"| {'step':{width}} | status | time |", "|---|---|---|"]
+    lines += [f"| {r.step.name:{width}} | {r.status} | {r.seconds:.0f} s |" for r in results]
     failed = [r.step.name for r in results if not r.ok]
     verdict = f"FAILED: {', '.join(failed)}" if failed else f"all {len(results)} steps passed"
     return "\n".join([*lines, "", verdict])
 
 
 def report(results: Sequence[Result]) -> str:
-    """The summary first, then how each log ends: of the failed steps much, of the others the last line."""
+    """The summary first, then how each step's output ends: of the failed ones much, of the others what they ask for."""
     parts = [summary(results)]
     for result in results:
-        lines = result.log.read_text(errors="replace").splitlines() if result.log.exists() else []
-        tail = lines[-1:] if result.ok else lines[-TAIL_LINES:]
+        tail = result.output.splitlines()[-(result.step.shown if result.ok else max(TAIL_LINES, result.step.shown)) :]
         parts.append("\n".join([f"--- {result.step.name}: {result.status}", *(line[:300] for line in tail)]))
     return "\n\n".join(parts)
 
@@ -141,20 +178,21 @@ def report(results: Sequence[Result]) -> str:
 def run_session(steps: Sequence[Step], out: Path, environment: dict[str, str], budget: float = float("inf")) -> int:
     """Run all steps, print the report, and return the exit status."""
     out.mkdir(parents=True, exist_ok=True)
+    log = out / "session.log"
+    log.write_bytes(b"")
     end = time.monotonic() + budget
     results: list[Result] = []
     for step in steps:
         limit = min(step.limit, end - time.monotonic())
-        log = out / f"{step.name}.log"
+        step = replace(step, command=tuple(word.replace("{out}", str(out)) for word in step.command))
         print(f"{step.name}: at most {max(limit, 0):.0f} s ...", flush=True)
         if limit < 1:
-            log.write_text("")
-            results.append(Result(step, "not run (budget spent)", 0.0, log))
+            results.append(Result(step, "not run (budget spent)", 0.0, ""))
         else:
             results.append(run_step(step, limit, log, environment))
         print(f"{step.name}: {results[-1].status}, {results[-1].seconds:.0f} s", flush=True)
         (out / "summary.md").write_text(f"# GPU session\n\n{summary(results)}\n")
-    print(f"\n{report(results)}\n\nlogs: {out}", flush=True)
+    print(f"\n{report(results)}\n\nall output: {log}", flush=True)
     return 0 if all(r.ok for r in results) else 1
 
 
@@ -245,18 +283,24 @@ def print_environment() -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "gpu", help="folder for the logs and summary.md")
-    parser.add_argument("--only", default="", help=f"some of the steps: {', '.join(s.name for s in STEPS)}")
+    parser.add_argument("--plan", choices=list(PLANS), default="gpu", help="default gpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "gpu", help="folder for session.log and summary.md")
+    parser.add_argument("--only", default="", help="some of the plan's steps, separated by commas")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all steps together")
     parser.add_argument("--print-environment", action="store_true", help="do nothing but that")
+    parser.add_argument("extra", nargs="*", metavar="-- ARGUMENTS", help="for the last step of the plans bench and tune")
     options = parser.parse_args(arguments)
     if options.print_environment:
         return print_environment()
+    *first, last = PLANS[options.plan]
+    if options.extra and options.plan == "gpu":
+        parser.error("only the plans bench and tune take arguments after --")
+    plan = [*first, replace(last, command=(*last.command, *options.extra))]
     wanted = [name for name in options.only.split(",") if name]
-    unknown = set(wanted) - {step.name for step in STEPS}
+    unknown = set(wanted) - {step.name for step in plan}
     if unknown:
-        parser.error(f"--only: unknown step {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in STEPS)}")
-    steps = [step for step in STEPS if not wanted or step.name in wanted]
+        parser.error(f"--only: unknown step {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in plan)}")
+    steps = [step for step in plan if not wanted or step.name in wanted]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is ended with the session
     return run_session(steps, options.out.resolve(), prepare_environment(), options.budget)
 

@@ -1,17 +1,15 @@
 // Arithmetic shared by every kernel. Index arithmetic is constexpr on host and device.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #define FX_HOST_DEVICE __host__ __device__ __forceinline__
-#define FX_UNROLL _Pragma("unroll")
 #else
 #define FX_HOST_DEVICE inline
-#define FX_UNROLL
 #endif
 
 namespace flash_ext {

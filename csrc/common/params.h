@@ -19,6 +19,14 @@ struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 
+// A (batch, rows, heads, columns) tensor as TMA sees it. Expanded heads or batches (stride 0) have extent 1 in the map and
+// step 0: coordinates are index * step.
+struct TmaTensor {
+  TensorMap map;
+  int head_step;
+  int batch_step;
+};
+
 struct FwdParams {
   const void* q;  // (batch, seqlen_q, num_heads, head_dim) bf16 or fp16; base and strides 16-byte multiples
   const void* k;  // (batch, seqlen_k, num_heads_kv, head_dim), the same dtype
@@ -34,7 +42,7 @@ struct FwdParams {
   float softmax_scale;
   int num_ctas;  // grid of a persistent kernel
   // The kernel's launcher fills these in.
-  TensorMap q_map, k_map, v_map;
+  TmaTensor q_tma, k_tma, v_tma;
   Schedule schedule;
 };
 

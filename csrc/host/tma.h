@@ -9,7 +9,7 @@ namespace flash_ext {
 
 // A (batch, rows, heads, columns) tensor of 16-bit elements and the box that one copy moves: box_rows rows of one slab
 // of 64 columns, 128-byte swizzled. Elements beyond the tensor read as zero.
-struct TensorMapSpec {
+struct TmaTensorSpec {
   const void* base;    // 16-byte aligned
   RowStrides strides;  // in elements, multiples of 8; of a dimension of size 1 they do not matter; 0 is allowed
   int batch;
@@ -20,6 +20,6 @@ struct TensorMapSpec {
 };
 
 // cudaErrorInvalidValue: the driver refuses the tensor. cudaErrorInsufficientDriver: no driver, or one too old.
-cudaError_t encode_tensor_map(TensorMap* map, const TensorMapSpec& spec);
+cudaError_t encode_tma_tensor(TmaTensor* tensor, const TmaTensorSpec& spec);
 
 }  // namespace flash_ext

@@ -99,11 +99,11 @@ __device__ __forceinline__ void for_each_item(const FwdParams& params, Function&
 
 template <class Config>
 __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<Config>& shared) {
-  const auto copy_tile = [](const TensorMap& map, uint64_t* full, void* stage, int rows, int columns, int row,
+  const auto copy_tile = [](const TmaTensor& tensor, uint64_t* full, void* stage, int rows, int columns, int row,
                             int head, int batch, CacheHint hint) {
     for (int column = 0; column < columns; column += kSlabColumns) {
       uint8_t* slab = static_cast<uint8_t*>(stage) + column / kSlabColumns * rows * kSlabRowBytes;
-      tma_load(map, full, slab, column, row, head, batch, hint);
+      tma_load(tensor.map, full, slab, column, row, head * tensor.head_step, batch * tensor.batch_step, hint);
     }
   };
   constexpr int kElementBytes = sizeof(typename Config::Element);
@@ -116,14 +116,14 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
     const int head_kv = item.head / q_heads_per_kv;
     const auto load_k = [&](int i) {
       shared.k_ring.begin_fill(k_state, Config::kBlockN * Config::kHeadDim * kElementBytes);
-      copy_tile(params.k_map, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage], Config::kBlockN,
+      copy_tile(params.k_tma, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage], Config::kBlockN,
                 Config::kHeadDim, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
                 CacheHint::kEvictLast);
       k_state.advance();
     };
     const auto load_v = [&](int i) {
       shared.v_ring.begin_fill(v_state, Config::kBlockN * Config::kHeadDimV * kElementBytes);
-      copy_tile(params.v_map, &shared.v_ring.full[v_state.stage], shared.v[v_state.stage], Config::kBlockN,
+      copy_tile(params.v_tma, &shared.v_ring.full[v_state.stage], shared.v[v_state.stage], Config::kBlockN,
                 Config::kHeadDimV, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
                 CacheHint::kEvictLast);
       v_state.advance();
@@ -131,7 +131,7 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
 
     load_k(0);
     shared.q_ring.begin_fill(q_state, Config::kBlockM * Config::kHeadDim * kElementBytes);
-    copy_tile(params.q_map, &shared.q_ring.full[q_state.stage], shared.q[q_state.stage], Config::kBlockM,
+    copy_tile(params.q_tma, &shared.q_ring.full[q_state.stage], shared.q[q_state.stage], Config::kBlockM,
               Config::kHeadDim, sequence.first_row_q + item.m_block * Config::kBlockM, item.head, sequence.batch_q,
               CacheHint::kEvictFirst);
     q_state.advance();
@@ -352,10 +352,10 @@ __device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 
   if (warp == 0 && elect_one()) {
-    prefetch_tensor_map(params.q_map);
+    prefetch_tensor_map(params.q_tma.map);
     if (params.seqlen_k > 0) {
-      prefetch_tensor_map(params.k_map);
-      prefetch_tensor_map(params.v_map);
+      prefetch_tensor_map(params.k_tma.map);
+      prefetch_tensor_map(params.v_tma.map);
     }
     shared.q_ring.init(Config::kNumConsumers * 4);
     shared.k_ring.init(Config::kNumConsumers * 4);
@@ -388,15 +388,15 @@ cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
   params.schedule =
       make_schedule(num_m_blocks, params.batch, params.num_heads, params.num_heads_kv, kv_bytes);
 
-  cudaError_t status = encode_tensor_map(&params.q_map, {params.q, params.q_strides, params.batch, params.seqlen_q,
+  cudaError_t status = encode_tma_tensor(&params.q_tma, {params.q, params.q_strides, params.batch, params.seqlen_q,
                                                          params.num_heads, Config::kHeadDim, Config::kBlockM});
   // Without keys nothing is copied, and the maps of empty tensors do not exist.
   if (status == cudaSuccess && params.seqlen_k > 0) {
-    status = encode_tensor_map(&params.k_map, {params.k, params.k_strides, params.batch, params.seqlen_k,
+    status = encode_tma_tensor(&params.k_tma, {params.k, params.k_strides, params.batch, params.seqlen_k,
                                                params.num_heads_kv, Config::kHeadDim, Config::kBlockN});
   }
   if (status == cudaSuccess && params.seqlen_k > 0) {
-    status = encode_tensor_map(&params.v_map, {params.v, params.v_strides, params.batch, params.seqlen_k,
+    status = encode_tma_tensor(&params.v_tma, {params.v, params.v_strides, params.batch, params.seqlen_k,
                                                params.num_heads_kv, Config::kHeadDimV, Config::kBlockN});
   }
   if (status != cudaSuccess) return status;

@@ -54,11 +54,14 @@ def test_later_steps_run_after_a_failure_and_a_timeout(gpu_session, tmp_path, ca
     assert statuses == ["ok", "failed (exit 3)", "timed out (2 s)", "failed (cannot start)", "ok"]
     assert "FAILED: broken, stuck, absent" in report
     assert report.index("FAILED") < report.index("what went wrong"), "the summary stands first"
-    assert (tmp_path / "last.log").read_text() == "marked\n"
+    log = (tmp_path / "session.log").read_text()
+    assert log.endswith("\nmarked\n") and [line.split()[1] for line in log.splitlines() if line.startswith("===")] == [
+        f"{step.name}:" for step in steps
+    ]
     assert "timed out (2 s)" in (tmp_path / "summary.md").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"{s.name}.log" for s in steps] + ["summary.md"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["session.log", "summary.md"]
 
-    child = int((tmp_path / "stuck.log").read_text())
+    child = int(log.split("=== stuck")[1].splitlines()[1])
     deadline = time.monotonic() + 5
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -82,7 +85,16 @@ def test_a_spent_budget_is_a_failure(gpu_session, tmp_path):
 def test_the_summary_is_there_while_the_session_runs(gpu_session, tmp_path):
     read = f"print(open({str(tmp_path / 'summary.md')!r}).read())"
     gpu_session.run_session([python(gpu_session, "one", ""), python(gpu_session, "two", read)], tmp_path, dict(os.environ))
-    assert "all 1 steps passed" in (tmp_path / "two.log").read_text()
+    assert "all 1 steps passed" in (tmp_path / "session.log").read_text()
+
+
+def test_a_step_may_show_more_and_write_beside_the_log(gpu_session, tmp_path, capsys):
+    """'{out}' in a command is the session's folder, and `shown` lines of a step that passed end the report."""
+    code = "import sys; open(sys.argv[1], 'w').write('kept'); print('first\\nsecond\\nthird')"
+    step = gpu_session.Step("table", (sys.executable, "-c", code, "{out}/file"), 60, shown=2)
+    assert gpu_session.run_session([step], tmp_path, dict(os.environ)) == 0
+    report = capsys.readouterr().out.split("--- table: ok\n")[1]
+    assert report.startswith("second\nthird\n") and (tmp_path / "file").read_text() == "kept"
 
 
 def test_wheels_that_are_installed_already_are_left_alone(gpu_session, tmp_path):
@@ -95,11 +107,27 @@ def test_wheels_that_are_installed_already_are_left_alone(gpu_session, tmp_path)
 
 
 def test_the_steps_of_this_repository(gpu_session):
-    assert [s.name for s in gpu_session.STEPS][:2] == ["environment", "build"]
-    assert len(gpu_session.STEPS) + 1 <= 8, "a log for each step and the summary"
-    for step in gpu_session.STEPS:
-        files = [ROOT / word for word in step.command if word.endswith(".py")]
-        assert all(path.is_file() for path in files)
+    for plan in gpu_session.PLANS.values():
+        assert [s.name for s in plan][:3] == ["environment", "build", "doctor"]
+        written = {word for step in plan for word in step.command if word.startswith("{out}")}
+        assert len(written) + len(("session.log", "summary.md")) <= 8
+        for step in plan:
+            files = [ROOT / word for word in step.command if word.endswith(".py")]
+            assert all(path.is_file() for path in files)
+            if "--budget" in step.command:
+                assert float(step.command[step.command.index("--budget") + 1]) < step.limit
+
+
+def test_arguments_go_to_the_last_step(gpu_session, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_session, "prepare_environment", dict)
+    monkeypatch.setattr(gpu_session, "run_session", lambda steps, *_: seen.append(steps) or 0)
+    assert gpu_session.main(["--plan", "bench", "--", "--preset", "paper", "--part", "2/4"]) == 0
+    assert gpu_session.main(["--plan", "tune", "--only", "tune", "--", "--head-dim", "64"]) == 0
+    assert seen[0][-1].command[-4:] == ("--preset", "paper", "--part", "2/4") and len(seen[0]) == 4
+    assert [s.command[-2:] for s in seen[1]] == [("--head-dim", "64")]
+    with pytest.raises(SystemExit):
+        gpu_session.main(["--", "--preset", "paper"])
 
 
 def test_an_unknown_step_is_named(tmp_path):

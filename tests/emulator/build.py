@@ -106,9 +106,9 @@ def digest(parts: list[str], files: list[Path]) -> str:
 
 
 @contextlib.contextmanager
-def locked(out: Path):
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as handle:
+def locked(out: Path, what: str = "emulator"):
+    (out / "locks").mkdir(parents=True, exist_ok=True)
+    with open(out / "locks" / what, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -215,9 +215,9 @@ def compile_extension(
     compute = "compute_" + arch.removeprefix("sm_")
     command = ["-std=c++20", "-O3", "-lineinfo", "--no-compress", f"-gencode=arch={compute},code={compute}",
                "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", *flags]
-    with locked(out):
-        key = digest([nvcc_identity(), *command], [*headers(source, ()), *depends])
-        target_object = out / "obj" / f"{source.stem}-{arch}-{key}.o"
+    key = digest([nvcc_identity(), *command], [*headers(source, ()), *depends])
+    target_object = out / "obj" / f"{source.stem}-{arch}-{key}.o"
+    with locked(out, target_object.name):
         if not target_object.is_file():
             publish([cuda().nvcc, *command, "-c", source], target_object)
         return link(

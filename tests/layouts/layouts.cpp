@@ -1,9 +1,7 @@
 // Every index map of csrc/common/fragment.cuh, swizzle.cuh and outputs.cuh against CuTe's own layouts, on the host.
 // Prints each mismatch's first place and returns the number of maps that differ.
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N = 176
 #include <cute/atom/copy_traits_sm90.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/atom/mma_traits_sm90_gmma_ext.hpp>
 #include <cute/tensor.hpp>
 
 #include <fcntl.h>
@@ -43,10 +41,10 @@ struct Comparison {
 };
 
 // CuTe's thread-value layouts give row + 64 * column.
-template <class Atom, int kN>
+template <int kN>
 void compare_accumulator(const char* name) {
   Comparison compare(name);
-  const typename MMA_Traits<Atom>::CLayout layout{};
+  const SM90::GMMA::CLayout_64xN<kN> layout{};
   static_assert(size(layout) == 64 * kN);
   for (int thread = 0; thread < 128; ++thread) {
     for (int i = 0; i < kN / 2; ++i) {
@@ -203,10 +201,9 @@ void compare_staging() {
 }  // namespace
 
 int main() {
-  using cute::GMMA::Major;
-  compare_accumulator<SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<Major::K, Major::K>, 64>("accumulator 64x64");
-  compare_accumulator<SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K>, 128>("accumulator 64x128");
-  compare_accumulator<SM90::GMMA::MMA_64x176x16_F32BF16BF16_SS<Major::K, Major::K>, 176>("accumulator 64x176");
+  compare_accumulator<64>("accumulator 64x64");
+  compare_accumulator<128>("accumulator 64x128");
+  compare_accumulator<176>("accumulator 64x176");
   compare_a_operand();
   compare_weights();
   compare_k_major<192, 64>("K-major tile 192x64");

@@ -19,8 +19,10 @@ void read_source(BulkCopy& copy) {
   switch (copy.kind) {
     case BulkCopy::kLoad:
       copy.staged.resize(copy.bytes);
-      if (copy.tiled) read_tile(copy.map, copy.coords.data(), copy.staged.data());
-      else std::memcpy(copy.staged.data(), reinterpret_cast<const void*>(copy.global), copy.bytes);
+      if (copy.tiled)
+        read_tile(copy.map, copy.coords.data(), copy.staged.data());
+      else
+        std::memcpy(copy.staged.data(), reinterpret_cast<const void*>(copy.global), copy.bytes);
       break;
     case BulkCopy::kSharedToShared:
       // st.async brings its data along.
@@ -30,8 +32,10 @@ void read_source(BulkCopy& copy) {
       break;
     default:
       copy.staged.resize(copy.bytes);
-      if (copy.tiled) collect_tile(copy.map, copy.coords.data(), copy.cta->view(), copy.shared_address, copy.staged.data());
-      else std::memcpy(copy.staged.data(), copy.cta->shared + copy.shared_address, copy.bytes);
+      if (copy.tiled)
+        collect_tile(copy.map, copy.coords.data(), copy.cta->view(), copy.shared_address, copy.staged.data());
+      else
+        std::memcpy(copy.staged.data(), copy.cta->shared + copy.shared_address, copy.bytes);
       --copy.group->reads_pending;
       break;
   }
@@ -45,21 +49,29 @@ void write_destination(BulkCopy& copy) {
         if (!(copy.targets >> rank & 1)) continue;
         Cta& target = *copy.cta->cluster->ctas[rank];
         if (target.warps_left == 0) {
-          copy_fault(copy, "cluster-exit", "the copy lands in the shared memory of CTA rank " + std::to_string(rank) + ", which has exited", copy.shared_address);
+          copy_fault(copy, "cluster-exit",
+                     "the copy lands in the shared memory of CTA rank " + std::to_string(rank) + ", which has exited",
+                     copy.shared_address);
         }
-        if (copy.tiled) place_tile(copy.map, copy.staged.data(), target.view(), copy.shared_address);
-        else std::memcpy(target.shared + copy.shared_address, copy.staged.data(), copy.bytes);
+        if (copy.tiled)
+          place_tile(copy.map, copy.staged.data(), target.view(), copy.shared_address);
+        else
+          std::memcpy(target.shared + copy.shared_address, copy.staged.data(), copy.bytes);
         complete_tx(*copy.cta, copy.warp, copy.pc, target, copy.mbarrier, copy.bytes);
       }
       break;
     case BulkCopy::kStore:
-      if (copy.tiled) write_tile(copy.map, copy.coords.data(), copy.staged.data());
-      else std::memcpy(reinterpret_cast<void*>(copy.global), copy.staged.data(), copy.bytes);
+      if (copy.tiled)
+        write_tile(copy.map, copy.coords.data(), copy.staged.data());
+      else
+        std::memcpy(reinterpret_cast<void*>(copy.global), copy.staged.data(), copy.bytes);
       --copy.group->writes_pending;
       break;
     case BulkCopy::kReduce:
-      if (copy.tiled) reduce_tile(copy.map, copy.coords.data(), copy.op, copy.staged.data());
-      else reduce_bulk(copy.type, copy.op, reinterpret_cast<uint8_t*>(copy.global), copy.staged.data(), copy.bytes);
+      if (copy.tiled)
+        reduce_tile(copy.map, copy.coords.data(), copy.op, copy.staged.data());
+      else
+        reduce_bulk(copy.type, copy.op, reinterpret_cast<uint8_t*>(copy.global), copy.staged.data(), copy.bytes);
       --copy.group->writes_pending;
       break;
   }
@@ -103,7 +115,8 @@ bool run_cp_async_arrivals(Warp& w) {
       w.pc = arrival.pc;
       if (!b) fault(w, 1u << l, "mbarrier", "cp.async.mbarrier.arrive finds no mbarrier", arrival.address[l]);
       const bool ended = arrive(w, 1u << l, *b, 1);
-      if (w.checks) w.checks->cp_async_mbarrier_arrive(w.where(1u << l), w.cta->rank, arrival.address[l], arrival.noinc, ended);
+      if (w.checks)
+        w.checks->cp_async_mbarrier_arrive(w.where(1u << l), w.cta->rank, arrival.address[l], arrival.noinc, ended);
       w.pc = pc;
     }
   }
@@ -120,19 +133,26 @@ void finish_cp_async(Warp& w) {
 
 uint64_t pick_delay(Cluster& cluster) {
   switch (cluster.launch->options.asynchrony) {
-    case Asynchrony::kEarly: return 0;
-    case Asynchrony::kLate: return kNever;
-    case Asynchrony::kRandom: break;
+    case Asynchrony::kEarly:
+      return 0;
+    case Asynchrony::kLate:
+      return kNever;
+    case Asynchrony::kRandom:
+      break;
   }
   const uint64_t dice = cluster.random();
   switch (dice & 7) {
     case 0:
-    case 1: return 0;
+    case 1:
+      return 0;
     case 2:
     case 3:
-    case 4: return 1 + (dice >> 8) % 16;
-    case 5: return 1 + (dice >> 8) % 400;
-    default: return kNever;
+    case 4:
+      return 1 + (dice >> 8) % 16;
+    case 5:
+      return 1 + (dice >> 8) % 400;
+    default:
+      return kNever;
   }
 }
 
@@ -141,7 +161,9 @@ void start_copy(Warp& w, std::unique_ptr<BulkCopy> copy) {
   w.copied[w.pc] += copy->bytes;
   const uint64_t read = pick_delay(cluster), write = pick_delay(cluster);
   copy->read_due = read == kNever ? kNever : cluster.round + read;
-  copy->write_due = is_load(*copy) ? copy->read_due : write == kNever || read == kNever ? kNever : copy->read_due + write;
+  copy->write_due = is_load(*copy)                      ? copy->read_due
+                    : write == kNever || read == kNever ? kNever
+                                                        : copy->read_due + write;
   if (read == 0) {
     if (step(*copy)) return;
     if (write == 0 && step(*copy)) return;

@@ -353,14 +353,24 @@ void ClusterChecks::barrier_arrive(const Where& at, uint32_t id, uint32_t thread
                  " before it has completed; its first arrivals came" + s.place(barrier.pc));
   barrier.lanes[at.warp & 31] |= at.lanes;
   barrier.arrived.join(me.clock);
+  barrier.fence_release = join_foreign(barrier.fence_release, me.fence_release);
+  barrier.fence_acquire = join_foreign(barrier.fence_acquire, me.fence_acquire);
+  barrier.fence_scope = std::max(barrier.fence_scope, me.fence_scope);
   me.tick();
 }
 
 void ClusterChecks::barrier_complete(uint32_t rank, uint32_t id, uint32_t waiting_warps) {
   CtaShadow& cta = state_->ctas[rank];
   NamedBarrierShadow& barrier = cta.barriers[id & 15];
-  for (uint32_t left = waiting_warps; left; left &= left - 1)
-    cta.warps[__builtin_ctz(left)].clock.join(barrier.arrived);
+  for (uint32_t left = waiting_warps; left; left &= left - 1) {
+    WarpShadow& warp = cta.warps[__builtin_ctz(left)];
+    warp.clock.join(barrier.arrived);
+    // A fence by every thread on one side of the barrier and one relaxed operation on the other is less than the
+    // memory model asks for, but an old idiom that all GPUs honour.
+    warp.fence_release = join_foreign(warp.fence_release, barrier.fence_release);
+    warp.fence_acquire = join_foreign(warp.fence_acquire, barrier.fence_acquire);
+    warp.fence_scope = std::max(warp.fence_scope, barrier.fence_scope);
+  }
   barrier = NamedBarrierShadow{};
 }
 

@@ -132,6 +132,8 @@ struct MbarrierShadow {
 
 struct NamedBarrierShadow {
   Clock arrived;
+  Foreign fence_release, fence_acquire;  // of the warps that have arrived
+  Scope fence_scope = Scope::kWeak;
   bool active = false;
   uint32_t threads = 0, pc = 0;
   std::array<uint32_t, 32> lanes{};  // arrived, by warp

@@ -19,9 +19,7 @@ uint32_t slot_bytes(PtxType type) {
   return type_bytes(type) <= 4 ? 128 : 32 * type_bytes(type);
 }
 
-uint64_t align_up(uint64_t value, uint64_t alignment) {
-  return (value + alignment - 1) / alignment * alignment;
-}
+uint64_t align_up(uint64_t value, uint64_t alignment) { return (value + alignment - 1) / alignment * alignment; }
 
 }  // namespace
 
@@ -39,9 +37,8 @@ void Decoder::unsupported(const std::string& why) const {
   if (file != module_.ptx().files.end()) {
     place = " (" + file->second + ":" + std::to_string(current_->source_line) + ")";
   }
-  throw LoadError("kernel " + std::string(function_.name) + ": PTX line " +
-                  std::to_string(current_->line) + place + ": not supported: '" +
-                  std::string(current_->opcode) + "'" + (why.empty() ? "" : ": " + why));
+  throw LoadError("kernel " + std::string(function_.name) + ": PTX line " + std::to_string(current_->line) + place +
+                  ": not supported: '" + std::string(current_->opcode) + "'" + (why.empty() ? "" : ": " + why));
 }
 
 Ref Decoder::slot(uint32_t reg, bool is_write) {
@@ -78,8 +75,7 @@ Ref Decoder::scratch(uint32_t bytes) {
 }
 
 bool Decoder::is_wide(const PtxOperand& operand) const {
-  return operand.kind == PtxOperand::kRegister &&
-         type_bytes(function_.registers[operand.index].type) == 8;
+  return operand.kind == PtxOperand::kRegister && type_bytes(function_.registers[operand.index].type) == 8;
 }
 
 Ref Decoder::source(const PtxOperand& operand, PtxType type) {
@@ -131,7 +127,8 @@ Ref Decoder::source(const PtxOperand& operand, PtxType type) {
       emit(in);
       return target;
     }
-    default: unsupported("unexpected kind of operand");
+    default:
+      unsupported("unexpected kind of operand");
   }
 }
 
@@ -148,8 +145,7 @@ Ref Decoder::predicate(const PtxOperand& operand) {
   if (operand.kind == PtxOperand::kInteger) {
     return constant32((operand.value != 0) != operand.negated ? kFullMask : 0);
   }
-  if (operand.kind != PtxOperand::kRegister ||
-      function_.registers[operand.index].type != PtxType::kPred) {
+  if (operand.kind != PtxOperand::kRegister || function_.registers[operand.index].type != PtxType::kPred) {
     unsupported("a predicate is expected");
   }
   return slot(operand.index, false) | (operand.negated ? kNegateBit : 0);
@@ -157,8 +153,7 @@ Ref Decoder::predicate(const PtxOperand& operand) {
 
 Ref Decoder::predicate_destination(const PtxOperand& operand) {
   if (operand.kind == PtxOperand::kSink) return 0;
-  if (operand.kind != PtxOperand::kRegister ||
-      function_.registers[operand.index].type != PtxType::kPred) {
+  if (operand.kind != PtxOperand::kRegister || function_.registers[operand.index].type != PtxType::kPred) {
     unsupported("a predicate is expected");
   }
   return slot(operand.index, true);
@@ -297,8 +292,7 @@ void Decoder::layout_variables() {
     }
   }
   for (const PtxVariable* variable : dynamic) {
-    program_->dynamic_shared_alignment =
-        std::max(program_->dynamic_shared_alignment, variable->alignment);
+    program_->dynamic_shared_alignment = std::max(program_->dynamic_shared_alignment, variable->alignment);
   }
   shared = align_up(shared, program_->dynamic_shared_alignment);
   for (const PtxVariable* variable : dynamic) locals_[variable->name] = {shared, "shared"};
@@ -333,9 +327,9 @@ void Decoder::layout_registers() {
 
 void Decoder::decode_one() {
   static constexpr bool (*kFamilies[])(Decoder&) = {
-      decode_move,   decode_integer, decode_float,    decode_compare, decode_convert,
-      decode_memory, decode_control, decode_half,     decode_warp,    decode_barrier,
-      decode_atomic, decode_mbarrier, decode_bulk,    decode_async,   decode_matrix,
+      decode_move,   decode_integer,  decode_float, decode_compare, decode_convert,
+      decode_memory, decode_control,  decode_half,  decode_warp,    decode_barrier,
+      decode_atomic, decode_mbarrier, decode_bulk,  decode_async,   decode_matrix,
   };
   special_scratch_ = kSinkBytes;
   for (const auto family : kFamilies) {

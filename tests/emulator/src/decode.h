@@ -26,13 +26,11 @@ class Decoder {
   Ref source(size_t i, PtxType type) { return source(operand(i), type); }
   Ref destination(const PtxOperand& operand, PtxType type);
   Ref destination(size_t i, PtxType type) { return destination(operand(i), type); }
-  Ref predicate(const PtxOperand& operand);            // a source; 0 and 1 are constants
+  Ref predicate(const PtxOperand& operand);  // a source; 0 and 1 are constants
   Ref predicate_destination(const PtxOperand& operand);
   // Whether a register holds 64-bit lanes (ld, st and cvt accept registers wider than the type).
   bool is_wide(const PtxOperand& operand) const;
-  PtxType register_type(const PtxOperand& operand) const {
-    return function_.registers[operand.index].type;
-  }
+  PtxType register_type(const PtxOperand& operand) const { return function_.registers[operand.index].type; }
   Ref constant32(uint32_t value);
   Ref constant64(uint64_t value);
   Ref scratch(uint32_t bytes);  // a private part of the frame

@@ -24,10 +24,13 @@ Status copy(Warp& w, const Inst& i, Mask mask) {
   for (int l = 0; l < kLanes; ++l) {
     from[l] = base[l] + static_cast<int32_t>(i.num_targets);
     uint32_t size = bytes;
-    if (ignores) size = ignored >> l & 1 ? 0 : bytes;
-    else if (i.c != kNoRef) size = in<uint32_t>(w, i.c)[l];
+    if (ignores)
+      size = ignored >> l & 1 ? 0 : bytes;
+    else if (i.c != kNoRef)
+      size = in<uint32_t>(w, i.c)[l];
     if ((mask >> l & 1) && size > bytes) {
-      fault(w, 1u << l, "out-of-bounds", "source size " + std::to_string(size) + " of a copy of " + std::to_string(bytes), from[l]);
+      fault(w, 1u << l, "out-of-bounds",
+            "source size " + std::to_string(size) + " of a copy of " + std::to_string(bytes), from[l]);
     }
     op.source_bytes[l] = size;
     op.group[l] = w.cp_async_group[l];
@@ -46,10 +49,12 @@ Status copy(Warp& w, const Inst& i, Mask mask) {
     // A partial source need not be aligned to the copy's size as a power of two of its own.
     for (int l = 0; l < kLanes; ++l) {
       if (!(group >> l & 1)) continue;
-      if (from[l] % bytes) fault(w, 1u << l, "misaligned", "source of a cp.async of " + std::to_string(bytes) + " bytes", from[l]);
+      if (from[l] % bytes)
+        fault(w, 1u << l, "misaligned", "source of a cp.async of " + std::to_string(bytes) + " bytes", from[l]);
       if (size != bytes) check_global(w, 1u << l, from[l], size, false);
     }
-    if (size == bytes) resolve(w, group, Space::kGlobal, from, bytes, Access::kRead, Scope::kWeak, Order::kRelaxed, source);
+    if (size == bytes)
+      resolve(w, group, Space::kGlobal, from, bytes, Access::kRead, Scope::kWeak, Order::kRelaxed, source);
   }
   w.checks = checks;
   if (checks) {
@@ -81,8 +86,10 @@ Status commit(Warp& w, const Inst&, Mask mask) {
 Status wait_group(Warp& w, const Inst& i, Mask mask) {
   run_cp_async(w, mask, static_cast<uint32_t>(i.imm), i.aux);
   if (w.checks) {
-    if (i.aux) w.checks->cp_async_wait_all(w.where(mask));
-    else w.checks->cp_async_wait(w.where(mask), static_cast<uint32_t>(i.imm));
+    if (i.aux)
+      w.checks->cp_async_wait_all(w.where(mask));
+    else
+      w.checks->cp_async_wait(w.where(mask), static_cast<uint32_t>(i.imm));
   }
   return Status::kNext;
 }

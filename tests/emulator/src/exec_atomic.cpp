@@ -16,10 +16,14 @@ enum class Op : uint32_t { kAdd, kMin, kMax, kAnd, kOr, kXor, kInc, kDec, kExch,
 template <class T>
 T apply_number(Op op, T old, T value) {
   switch (op) {
-    case Op::kAdd: return static_cast<T>(old + value);
-    case Op::kMin: return old < value ? old : value;
-    case Op::kMax: return old > value ? old : value;
-    default: return value;
+    case Op::kAdd:
+      return static_cast<T>(old + value);
+    case Op::kMin:
+      return old < value ? old : value;
+    case Op::kMax:
+      return old > value ? old : value;
+    default:
+      return value;
   }
 }
 template <class T>
@@ -34,31 +38,44 @@ uint64_t apply(Op op, PtxType type, uint64_t old, uint64_t value, uint64_t compa
   if (op == Op::kExch) return value;
   if (op == Op::kCas) return old == compare ? value : old;
   switch (type) {
-    case PtxType::kF32: return float_bits(apply_number(op, bits_float(old32), bits_float(value32)));
+    case PtxType::kF32:
+      return float_bits(apply_number(op, bits_float(old32), bits_float(value32)));
     case PtxType::kF64:
       return std::bit_cast<uint64_t>(apply_number(op, std::bit_cast<double>(old), std::bit_cast<double>(value)));
     case PtxType::kF16:
-      return f32_to_f16(apply_number(op, f16_to_f32(static_cast<uint16_t>(old)), f16_to_f32(static_cast<uint16_t>(value))));
+      return f32_to_f16(
+          apply_number(op, f16_to_f32(static_cast<uint16_t>(old)), f16_to_f32(static_cast<uint16_t>(value))));
     case PtxType::kBF16:
-      return f32_to_bf16(apply_number(op, bf16_to_f32(static_cast<uint16_t>(old)), bf16_to_f32(static_cast<uint16_t>(value))));
+      return f32_to_bf16(
+          apply_number(op, bf16_to_f32(static_cast<uint16_t>(old)), bf16_to_f32(static_cast<uint16_t>(value))));
     case PtxType::kF16x2:
     case PtxType::kBF16x2: {
       const PtxType half = type == PtxType::kF16x2 ? PtxType::kF16 : PtxType::kBF16;
       return apply(op, half, old & 0xffff, value & 0xffff, 0) | apply(op, half, old >> 16, value >> 16, 0) << 16;
     }
-    default: break;
+    default:
+      break;
   }
   switch (op) {
-    case Op::kAnd: return old & value;
-    case Op::kOr: return old | value;
-    case Op::kXor: return old ^ value;
-    case Op::kInc: return old32 >= value32 ? 0 : old32 + 1;
-    case Op::kDec: return old32 == 0 || old32 > value32 ? value32 : old32 - 1;
-    case Op::kAdd: return type_bytes(type) == 8 ? old + value : static_cast<uint32_t>(old32 + value32);
-    default: break;
+    case Op::kAnd:
+      return old & value;
+    case Op::kOr:
+      return old | value;
+    case Op::kXor:
+      return old ^ value;
+    case Op::kInc:
+      return old32 >= value32 ? 0 : old32 + 1;
+    case Op::kDec:
+      return old32 == 0 || old32 > value32 ? value32 : old32 - 1;
+    case Op::kAdd:
+      return type_bytes(type) == 8 ? old + value : static_cast<uint32_t>(old32 + value32);
+    default:
+      break;
   }
-  if (type == PtxType::kS32) return static_cast<uint32_t>(apply_number<int32_t>(op, static_cast<int32_t>(old32), static_cast<int32_t>(value32)));
-  if (type == PtxType::kS64) return static_cast<uint64_t>(apply_number<int64_t>(op, static_cast<int64_t>(old), static_cast<int64_t>(value)));
+  if (type == PtxType::kS32)
+    return static_cast<uint32_t>(apply_number<int32_t>(op, static_cast<int32_t>(old32), static_cast<int32_t>(value32)));
+  if (type == PtxType::kS64)
+    return static_cast<uint64_t>(apply_number<int64_t>(op, static_cast<int64_t>(old), static_cast<int64_t>(value)));
   return apply_number<uint64_t>(op, old, value);
 }
 

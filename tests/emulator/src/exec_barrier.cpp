@@ -58,8 +58,10 @@ Status barrier(Warp& w, const Inst& i, Mask mask) {
   const bool whole = i.b == kNoRef;
   const uint32_t threads = whole ? 0 : in<uint32_t>(w, i.b)[lane];
   if (!whole && (threads == 0 || threads % kLanes || threads > w.launch->warps_per_cta * kLanes)) {
-    fault(w, mask, "named-barrier", std::to_string(threads) + " threads at barrier " + std::to_string(id) +
-          ": a multiple of 32, at most the CTA's, is needed", id);
+    fault(w, mask, "named-barrier",
+          std::to_string(threads) + " threads at barrier " + std::to_string(id) +
+              ": a multiple of 32, at most the CTA's, is needed",
+          id);
   }
   const uint64_t bit = uint64_t(1) << w.index;
   if (b.arrived_warps) {
@@ -67,10 +69,12 @@ Status barrier(Warp& w, const Inst& i, Mask mask) {
       fault(w, mask, "named-barrier",
             "barrier " + std::to_string(id) + ": " + (whole ? std::string("all") : std::to_string(threads)) +
                 " threads expected here, " + (b.whole_cta ? std::string("all") : std::to_string(b.expected)) +
-                " by the warps that have arrived", id);
+                " by the warps that have arrived",
+            id);
     }
     if (b.arrived_warps & bit) {
-      fault(w, mask, "named-barrier", "the warp arrives a second time at barrier " + std::to_string(id) + " before it is complete", id);
+      fault(w, mask, "named-barrier",
+            "the warp arrives a second time at barrier " + std::to_string(id) + " before it is complete", id);
     }
   }
   b.whole_cta = whole;
@@ -87,7 +91,8 @@ Status barrier(Warp& w, const Inst& i, Mask mask) {
   if (w.checks) w.checks->barrier_arrive(w.where(mask), id, threads);
   const uint64_t generation = b.generation;
   if (!whole && b.arrived > b.expected) {
-    fault(w, mask, "named-barrier", "more than " + std::to_string(threads) + " threads at barrier " + std::to_string(id), id);
+    fault(w, mask, "named-barrier",
+          "more than " + std::to_string(threads) + " threads at barrier " + std::to_string(id), id);
   }
   if (is_full(*w.cta, b)) {
     complete_barrier(*w.cta, id);
@@ -144,10 +149,17 @@ enum FenceKind : uint32_t { kFence, kProxyAsync, kMbarrierInit, kProxyTensormap,
 Status fence(Warp& w, const Inst& i, Mask mask) {
   if (!w.checks) return Status::kNext;
   switch (i.aux) {
-    case kFence: w.checks->fence(w.where(mask), static_cast<Scope>(i.imm)); break;
-    case kProxyAsync: w.checks->fence_proxy_async(w.where(mask), static_cast<ProxyFence>(i.imm)); break;
-    case kMbarrierInit: w.checks->fence_mbarrier_init(w.where(mask)); break;
-    default: break;
+    case kFence:
+      w.checks->fence(w.where(mask), static_cast<Scope>(i.imm));
+      break;
+    case kProxyAsync:
+      w.checks->fence_proxy_async(w.where(mask), static_cast<ProxyFence>(i.imm));
+      break;
+    case kMbarrierInit:
+      w.checks->fence_mbarrier_init(w.where(mask));
+      break;
+    default:
+      break;
   }
   return Status::kNext;
 }
@@ -159,7 +171,8 @@ Status set_registers(Warp& w, const Inst& i, Mask mask) {
   Cta& cta = *w.cta;
   if (i.aux) {  // inc
     if (count < w.max_registers) {
-      fault(w, mask, "register-pool", "setmaxnreg.inc to " + std::to_string(count) + " from " + std::to_string(w.max_registers));
+      fault(w, mask, "register-pool",
+            "setmaxnreg.inc to " + std::to_string(count) + " from " + std::to_string(w.max_registers));
     }
     const int64_t more = static_cast<int64_t>(count) - w.max_registers;
     if (more > cta.registers_free) {
@@ -171,7 +184,8 @@ Status set_registers(Warp& w, const Inst& i, Mask mask) {
     cta.registers_free -= more;
   } else {
     if (count > w.max_registers) {
-      fault(w, mask, "register-pool", "setmaxnreg.dec to " + std::to_string(count) + " from " + std::to_string(w.max_registers));
+      fault(w, mask, "register-pool",
+            "setmaxnreg.dec to " + std::to_string(count) + " from " + std::to_string(w.max_registers));
     }
     cta.registers_free += static_cast<int64_t>(w.max_registers) - count;
   }

@@ -17,7 +17,13 @@ enum class From : uint8_t { kGlobal, kShared };
 //   d:      unused
 //   extra:  mbarrier address or kNoRef, mask of a multicast or kNoRef, then coordinates
 enum BulkFlags : uint32_t {
-  kTiled = 1, kStore = 2, kReduce = 4, kWithinCluster = 8, kMulticast = 16, kWideBarrier = 32, kWideSource = 64,
+  kTiled = 1,
+  kStore = 2,
+  kReduce = 4,
+  kWithinCluster = 8,
+  kMulticast = 16,
+  kWideBarrier = 32,
+  kWideSource = 64,
 };
 constexpr uint32_t flags_of(const Inst& i) { return i.first_target & 0xff; }
 constexpr ReduceOp op_of(const Inst& i) { return static_cast<ReduceOp>(i.first_target >> 8 & 0xff); }
@@ -35,7 +41,8 @@ uint64_t lane_value(const Warp& w, Ref ref, bool wide, int l) {
 
 uint32_t shared_address(Warp& w, int l, uint64_t address) {
   if (address >> 32) {
-    if ((address & kWindowMask) != kSharedWindow) fault(w, 1u << l, "out-of-bounds", hex(address) + " is not in shared memory", address);
+    if ((address & kWindowMask) != kSharedWindow)
+      fault(w, 1u << l, "out-of-bounds", hex(address) + " is not in shared memory", address);
     address &= ~kWindowMask;
   }
   return static_cast<uint32_t>(address);
@@ -43,7 +50,8 @@ uint32_t shared_address(Warp& w, int l, uint64_t address) {
 
 void need_alignment(Warp& w, int l, const char* what, uint64_t value, uint32_t alignment) {
   if (value % alignment) {
-    fault(w, 1u << l, "misaligned", std::string(what) + " " + hex(value) + " is not a multiple of " + std::to_string(alignment), value);
+    fault(w, 1u << l, "misaligned",
+          std::string(what) + " " + hex(value) + " is not a multiple of " + std::to_string(alignment), value);
   }
 }
 
@@ -70,7 +78,8 @@ void report_to_checks(Warp& w, int l, const BulkCopy& copy) {
     for (const BoxRow& row : rows) {
       global.push_back({row.global, row.bytes});
       // Only what lies inside the tensor is read by a store.
-      if (copy.kind != BulkCopy::kLoad) append_shared_ranges(copy.map, copy.shared_address, row.box_offset, row.bytes, bytes);
+      if (copy.kind != BulkCopy::kLoad)
+        append_shared_ranges(copy.map, copy.shared_address, row.box_offset, row.bytes, bytes);
     }
     if (copy.kind == BulkCopy::kLoad) append_shared_ranges(copy.map, copy.shared_address, 0, copy.bytes, bytes);
     for (const ByteRange& range : bytes) shared.push_back({range.begin, range.size});
@@ -84,8 +93,10 @@ void report_to_checks(Warp& w, int l, const BulkCopy& copy) {
   }
   for (uint32_t rank = 0; rank < w.cluster->ctas.size(); ++rank) {
     if (!(copy.targets >> rank & 1)) continue;
-    if (copy.kind == BulkCopy::kLoad) w.checks->async_load(at, rank, shared, copy.mbarrier, global);
-    else w.checks->async_copy(at, {copy.source_address, copy.bytes}, rank, shared[0], copy.mbarrier);
+    if (copy.kind == BulkCopy::kLoad)
+      w.checks->async_load(at, rank, shared, copy.mbarrier, global);
+    else
+      w.checks->async_copy(at, {copy.source_address, copy.bytes}, rank, shared[0], copy.mbarrier);
   }
 }
 
@@ -104,7 +115,8 @@ void set_target(Warp& w, const Inst& i, int l, BulkCopy& copy, uint32_t destinat
   if (flags_of(i) & kMulticast) {
     copy.targets = in<uint32_t>(w, extra[1])[l] & 0xffff;
     if (copy.targets == 0 || copy.targets >> w.cluster->ctas.size()) {
-      fault(w, 1u << l, "out-of-bounds", "multicast mask " + hex(copy.targets) + " in a cluster of " + std::to_string(w.cluster->ctas.size()));
+      fault(w, 1u << l, "out-of-bounds",
+            "multicast mask " + hex(copy.targets) + " in a cluster of " + std::to_string(w.cluster->ctas.size()));
     }
   } else if (&cluster_cta(w, 1u << l, barrier) != &target) {
     fault(w, 1u << l, "mbarrier", "the mbarrier lies in another CTA than the destination", copy.mbarrier);
@@ -112,7 +124,9 @@ void set_target(Warp& w, const Inst& i, int l, BulkCopy& copy, uint32_t destinat
   for (uint32_t rank = 0; rank < w.cluster->ctas.size(); ++rank) {
     if (!(copy.targets >> rank & 1)) continue;
     Cta& cta = *w.cluster->ctas[rank];
-    if (cta.warps_left == 0) fault(w, 1u << l, "cluster-exit", "copy to CTA rank " + std::to_string(rank) + ", which has exited", copy.shared_address);
+    if (cta.warps_left == 0)
+      fault(w, 1u << l, "cluster-exit", "copy to CTA rank " + std::to_string(rank) + ", which has exited",
+            copy.shared_address);
     check_shared(w, 1u << l, cta, copy.shared_address, copy.bytes);
     need_mbarrier(w, 1u << l, cta, copy.mbarrier);
   }
@@ -140,7 +154,9 @@ void issue_lane(Warp& w, const Inst& i, int l, uint64_t address) {
     copy->map = decode_tensor_map(reinterpret_cast<const void*>(map_address));
     const int rank = i.num_extra - 2;
     if (copy->map.rank != rank) {
-      fault(w, 1u << l, "tensor-map", "the tensor map has " + std::to_string(copy->map.rank) + " dimensions, the instruction " + std::to_string(rank));
+      fault(w, 1u << l, "tensor-map",
+            "the tensor map has " + std::to_string(copy->map.rank) + " dimensions, the instruction " +
+                std::to_string(rank));
     }
     for (int k = 0; k < rank; ++k) copy->coords[k] = static_cast<int32_t>(in<uint32_t>(w, extra[2 + k])[l]);
     copy->bytes = box_bytes(copy->map);
@@ -156,7 +172,8 @@ void issue_lane(Warp& w, const Inst& i, int l, uint64_t address) {
     need_alignment(w, l, "shared address", shared & kSharedOffsetMask, 16);
     if (flags & kWithinCluster) {
       const uint32_t source = shared_address(w, l, lane_value(w, i.a, flags & kWideSource, l));
-      if (&cluster_cta(w, 1u << l, source) != w.cta) fault(w, 1u << l, "out-of-bounds", "the source is not in the own CTA", source);
+      if (&cluster_cta(w, 1u << l, source) != w.cta)
+        fault(w, 1u << l, "out-of-bounds", "the source is not in the own CTA", source);
       copy->source_address = source & kSharedOffsetMask;
       need_alignment(w, l, "source address", copy->source_address, 16);
       check_shared(w, 1u << l, *w.cta, copy->source_address, copy->bytes);
@@ -167,7 +184,8 @@ void issue_lane(Warp& w, const Inst& i, int l, uint64_t address) {
     }
   }
   if (store) {
-    if (&cluster_cta(w, 1u << l, shared) != w.cta) fault(w, 1u << l, "out-of-bounds", "the source is not in the own CTA", shared);
+    if (&cluster_cta(w, 1u << l, shared) != w.cta)
+      fault(w, 1u << l, "out-of-bounds", "the source is not in the own CTA", shared);
     copy->shared_address = shared & kSharedOffsetMask;
     copy->targets = 0;
     check_shared(w, 1u << l, *w.cta, copy->shared_address, copy->bytes);
@@ -253,7 +271,8 @@ Status wait_group(Warp& w, const Inst& i, Mask mask) {
     while (!groups.empty() && groups.front()->writes_pending == 0) groups.pop_front();
   }
   w.path->wait = {};
-  if (w.checks) w.checks->bulk_wait(w.where(mask), static_cast<uint32_t>(keep), i.aux ? BulkWait::kRead : BulkWait::kFull);
+  if (w.checks)
+    w.checks->bulk_wait(w.where(mask), static_cast<uint32_t>(keep), i.aux ? BulkWait::kRead : BulkWait::kFull);
   return Status::kNext;
 }
 
@@ -288,22 +307,35 @@ ReduceOp reduce_op(Decoder& d) {
 
 TmaType reduce_type(Decoder& d) {
   switch (parse_type(d.ptx().parts.back())) {
-    case PtxType::kU32: case PtxType::kB32: return TmaType::kU32;
-    case PtxType::kS32: return TmaType::kS32;
-    case PtxType::kU64: case PtxType::kB64: return TmaType::kU64;
-    case PtxType::kS64: return TmaType::kS64;
-    case PtxType::kF16: return TmaType::kF16;
-    case PtxType::kBF16: return TmaType::kBf16;
-    case PtxType::kF32: return TmaType::kF32;
-    case PtxType::kF64: return TmaType::kF64;
-    default: d.unsupported("type");
+    case PtxType::kU32:
+    case PtxType::kB32:
+      return TmaType::kU32;
+    case PtxType::kS32:
+      return TmaType::kS32;
+    case PtxType::kU64:
+    case PtxType::kB64:
+      return TmaType::kU64;
+    case PtxType::kS64:
+      return TmaType::kS64;
+    case PtxType::kF16:
+      return TmaType::kF16;
+    case PtxType::kBF16:
+      return TmaType::kBf16;
+    case PtxType::kF32:
+      return TmaType::kF32;
+    case PtxType::kF64:
+      return TmaType::kF64;
+    default:
+      d.unsupported("type");
   }
 }
 
 void decode_copy(Decoder& d) {
   const PtxInstruction& p = d.ptx();
   const bool tensor = p.has("tensor"), reduce = p.parts[1] == "reduce", store = p.has("bulk_group");
-  if (p.has("im2col") || p.has("tile::gather4") || p.has("tile::scatter4") || p.has("cp_mask") || p.has("im2col_no_offs")) d.unsupported("mode");
+  if (p.has("im2col") || p.has("tile::gather4") || p.has("tile::scatter4") || p.has("cp_mask") ||
+      p.has("im2col_no_offs"))
+    d.unsupported("mode");
   uint32_t flags = (tensor ? kTiled : 0u) | (store ? kStore : 0u) | (reduce ? kReduce : 0u);
   const bool within = !store && !p.has("global");
   if (within) flags |= kWithinCluster;
@@ -315,7 +347,8 @@ void decode_copy(Decoder& d) {
   const PtxOperand& other = d.operand(store ? 0 : 1);
   size_t next = 2;
   bool wide = true;
-  if (tensor && (other.kind != PtxOperand::kAddress || other.items.size() != 2)) d.unsupported("a tensor map with coordinates is expected");
+  if (tensor && (other.kind != PtxOperand::kAddress || other.items.size() != 2))
+    d.unsupported("a tensor map with coordinates is expected");
   in.a = plain_address(d, other, wide);
   if (wide && within) flags |= kWideSource;
   if (!wide && !within) d.unsupported("32-bit global address");

@@ -9,7 +9,20 @@ namespace flash_ext::emulator {
 namespace {
 
 enum class Compare : uint8_t {
-  kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan,
+  kEq,
+  kNe,
+  kLt,
+  kLe,
+  kGt,
+  kGe,
+  kEqu,
+  kNeu,
+  kLtu,
+  kLeu,
+  kGtu,
+  kGeu,
+  kNum,
+  kNan,
 };
 
 template <Compare C, class T>
@@ -31,10 +44,22 @@ inline bool compare(T a, T b) {
 }
 
 // How a 16-bit float or a plain type is read from its slot.
-struct AsF16 { using type = float; using S = uint32_t; static float read(S x) { return f16_to_f32(static_cast<uint16_t>(x)); } };
-struct AsBf16 { using type = float; using S = uint32_t; static float read(S x) { return bf16_to_f32(static_cast<uint16_t>(x)); } };
+struct AsF16 {
+  using type = float;
+  using S = uint32_t;
+  static float read(S x) { return f16_to_f32(static_cast<uint16_t>(x)); }
+};
+struct AsBf16 {
+  using type = float;
+  using S = uint32_t;
+  static float read(S x) { return bf16_to_f32(static_cast<uint16_t>(x)); }
+};
 template <class T>
-struct As { using type = T; using S = Slot<T>; static T read(S x) { return from_slot<T>(x); } };
+struct As {
+  using type = T;
+  using S = Slot<T>;
+  static T read(S x) { return from_slot<T>(x); }
+};
 
 template <Compare C, class R>
 Mask compare_lanes(const void* left, const void* right) {
@@ -60,42 +85,72 @@ constexpr std::pair<std::string_view, Compare> kCompares[] = {
 template <class R>
 Comparer pick_ordered(Compare c) {
   switch (c) {
-    case Compare::kEq: return compare_lanes<Compare::kEq, R>;
-    case Compare::kNe: return compare_lanes<Compare::kNe, R>;
-    case Compare::kLt: return compare_lanes<Compare::kLt, R>;
-    case Compare::kLe: return compare_lanes<Compare::kLe, R>;
-    case Compare::kGt: return compare_lanes<Compare::kGt, R>;
-    case Compare::kGe: return compare_lanes<Compare::kGe, R>;
-    default: return nullptr;
+    case Compare::kEq:
+      return compare_lanes<Compare::kEq, R>;
+    case Compare::kNe:
+      return compare_lanes<Compare::kNe, R>;
+    case Compare::kLt:
+      return compare_lanes<Compare::kLt, R>;
+    case Compare::kLe:
+      return compare_lanes<Compare::kLe, R>;
+    case Compare::kGt:
+      return compare_lanes<Compare::kGt, R>;
+    case Compare::kGe:
+      return compare_lanes<Compare::kGe, R>;
+    default:
+      return nullptr;
   }
 }
 template <class R>
 Comparer pick(Compare c) {
   switch (c) {
-    case Compare::kEqu: return compare_lanes<Compare::kEqu, R>;
-    case Compare::kNeu: return compare_lanes<Compare::kNeu, R>;
-    case Compare::kLtu: return compare_lanes<Compare::kLtu, R>;
-    case Compare::kLeu: return compare_lanes<Compare::kLeu, R>;
-    case Compare::kGtu: return compare_lanes<Compare::kGtu, R>;
-    case Compare::kGeu: return compare_lanes<Compare::kGeu, R>;
-    case Compare::kNum: return compare_lanes<Compare::kNum, R>;
-    case Compare::kNan: return compare_lanes<Compare::kNan, R>;
-    default: return pick_ordered<R>(c);
+    case Compare::kEqu:
+      return compare_lanes<Compare::kEqu, R>;
+    case Compare::kNeu:
+      return compare_lanes<Compare::kNeu, R>;
+    case Compare::kLtu:
+      return compare_lanes<Compare::kLtu, R>;
+    case Compare::kLeu:
+      return compare_lanes<Compare::kLeu, R>;
+    case Compare::kGtu:
+      return compare_lanes<Compare::kGtu, R>;
+    case Compare::kGeu:
+      return compare_lanes<Compare::kGeu, R>;
+    case Compare::kNum:
+      return compare_lanes<Compare::kNum, R>;
+    case Compare::kNan:
+      return compare_lanes<Compare::kNan, R>;
+    default:
+      return pick_ordered<R>(c);
   }
 }
 Comparer comparer(PtxType type, Compare c) {
   switch (type) {
-    case PtxType::kU16: case PtxType::kB16: return pick_ordered<As<uint16_t>>(c);
-    case PtxType::kS16: return pick_ordered<As<int16_t>>(c);
-    case PtxType::kU32: case PtxType::kB32: return pick_ordered<As<uint32_t>>(c);
-    case PtxType::kS32: return pick_ordered<As<int32_t>>(c);
-    case PtxType::kU64: case PtxType::kB64: return pick_ordered<As<uint64_t>>(c);
-    case PtxType::kS64: return pick_ordered<As<int64_t>>(c);
-    case PtxType::kF32: return pick<As<float>>(c);
-    case PtxType::kF64: return pick<As<double>>(c);
-    case PtxType::kF16: return pick<AsF16>(c);
-    case PtxType::kBF16: return pick<AsBf16>(c);
-    default: return nullptr;
+    case PtxType::kU16:
+    case PtxType::kB16:
+      return pick_ordered<As<uint16_t>>(c);
+    case PtxType::kS16:
+      return pick_ordered<As<int16_t>>(c);
+    case PtxType::kU32:
+    case PtxType::kB32:
+      return pick_ordered<As<uint32_t>>(c);
+    case PtxType::kS32:
+      return pick_ordered<As<int32_t>>(c);
+    case PtxType::kU64:
+    case PtxType::kB64:
+      return pick_ordered<As<uint64_t>>(c);
+    case PtxType::kS64:
+      return pick_ordered<As<int64_t>>(c);
+    case PtxType::kF32:
+      return pick<As<float>>(c);
+    case PtxType::kF64:
+      return pick<As<double>>(c);
+    case PtxType::kF16:
+      return pick<AsF16>(c);
+    case PtxType::kBF16:
+      return pick<AsBf16>(c);
+    default:
+      return nullptr;
   }
 }
 
@@ -186,12 +241,24 @@ Status testp(Warp& w, const Inst& i, Mask mask) {
     const int kind = std::fpclassify(from_slot<T>(a[l]));
     bool yes = false;
     switch (static_cast<Test>(i.aux)) {
-      case Test::kFinite: yes = kind != FP_INFINITE && kind != FP_NAN; break;
-      case Test::kInfinite: yes = kind == FP_INFINITE; break;
-      case Test::kNumber: yes = kind != FP_NAN; break;
-      case Test::kNotanumber: yes = kind == FP_NAN; break;
-      case Test::kNormal: yes = kind == FP_NORMAL; break;
-      case Test::kSubnormal: yes = kind == FP_SUBNORMAL; break;
+      case Test::kFinite:
+        yes = kind != FP_INFINITE && kind != FP_NAN;
+        break;
+      case Test::kInfinite:
+        yes = kind == FP_INFINITE;
+        break;
+      case Test::kNumber:
+        yes = kind != FP_NAN;
+        break;
+      case Test::kNotanumber:
+        yes = kind == FP_NAN;
+        break;
+      case Test::kNormal:
+        yes = kind == FP_NORMAL;
+        break;
+      case Test::kSubnormal:
+        yes = kind == FP_SUBNORMAL;
+        break;
     }
     result |= Mask(yes) << l;
   }
@@ -205,16 +272,12 @@ Compare find_compare(Decoder& d) {
   }
   d.unsupported("comparison");
 }
-uint32_t find_combination(const PtxInstruction& p) {
-  return p.has("and") ? 1 : p.has("or") ? 2 : p.has("xor") ? 3 : 0;
-}
+uint32_t find_combination(const PtxInstruction& p) { return p.has("and") ? 1 : p.has("or") ? 2 : p.has("xor") ? 3 : 0; }
 
 void decode_setp(Decoder& d, PtxType type) {
   const PtxInstruction& p = d.ptx();
   const bool packed = type == PtxType::kF16x2 || type == PtxType::kBF16x2;
-  const PtxType element = type == PtxType::kF16x2    ? PtxType::kF16
-                          : type == PtxType::kBF16x2 ? PtxType::kBF16
-                                                     : type;
+  const PtxType element = type == PtxType::kF16x2 ? PtxType::kF16 : type == PtxType::kBF16x2 ? PtxType::kBF16 : type;
   const Comparer compare = comparer(element, find_compare(d));
   if (!compare) d.unsupported("comparison of this type");
   Inst in;

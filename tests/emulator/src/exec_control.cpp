@@ -77,8 +77,10 @@ std::string format_lane(Warp& w, int lane, const char* format, uint64_t argument
       const uint64_t value = fetch(longs && *c != 'c' ? 8 : 4);
       spec += *c == 'c' ? "c" : std::string("ll") + *c;
       const long long extended = longs || !is_signed ? static_cast<long long>(value) : static_cast<int32_t>(value);
-      if (*c == 'c') std::snprintf(text, sizeof(text), spec.c_str(), static_cast<int>(value));
-      else std::snprintf(text, sizeof(text), spec.c_str(), extended);
+      if (*c == 'c')
+        std::snprintf(text, sizeof(text), spec.c_str(), static_cast<int>(value));
+      else
+        std::snprintf(text, sizeof(text), spec.c_str(), extended);
     } else if (std::strchr("fFeEgGaA", *c)) {
       spec += *c;
       std::snprintf(text, sizeof(text), spec.c_str(), std::bit_cast<double>(fetch(8)));
@@ -105,7 +107,8 @@ uint64_t call_argument(const Warp& w, const Inst& i, uint32_t k, int lane) {
 Status call_printf(Warp& w, const Inst& i, Mask mask) {
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
-    const std::string text = format_lane(w, l, string_at(w, 1u << l, call_argument(w, i, 0, l)), call_argument(w, i, 1, l));
+    const std::string text =
+        format_lane(w, l, string_at(w, 1u << l, call_argument(w, i, 0, l)), call_argument(w, i, 1, l));
     const std::lock_guard lock(w.launch->mutex);
     w.launch->printed += text;
   }
@@ -116,7 +119,8 @@ Status call_assert(Warp& w, const Inst& i, Mask mask) {
   const std::string expression = string_at(w, mask, call_argument(w, i, 0, l));
   const std::string file = string_at(w, mask, call_argument(w, i, 1, l));
   fault(w, mask, "assert",
-        file + ":" + std::to_string(static_cast<uint32_t>(call_argument(w, i, 2, l))) + ": assertion '" + expression + "' failed");
+        file + ":" + std::to_string(static_cast<uint32_t>(call_argument(w, i, 2, l))) + ": assertion '" + expression +
+            "' failed");
 }
 
 void decode_call(Decoder& d) {
@@ -124,13 +128,18 @@ void decode_call(Decoder& d) {
   std::string_view name;
   const PtxOperand* arguments = nullptr;
   for (const PtxOperand& operand : d.ptx().operands) {
-    if (operand.kind == PtxOperand::kSymbol && name.empty()) name = operand.name;
-    else if (operand.kind == PtxOperand::kList && !name.empty() && !arguments) arguments = &operand;
+    if (operand.kind == PtxOperand::kSymbol && name.empty())
+      name = operand.name;
+    else if (operand.kind == PtxOperand::kList && !name.empty() && !arguments)
+      arguments = &operand;
   }
   Inst in;
-  if (name == "vprintf") in.run = call_printf;
-  else if (name == "__assertfail") in.run = call_assert;
-  else d.unsupported("call of " + std::string(name) + "; only inlined functions, printf and assert");
+  if (name == "vprintf")
+    in.run = call_printf;
+  else if (name == "__assertfail")
+    in.run = call_assert;
+  else
+    d.unsupported("call of " + std::string(name) + "; only inlined functions, printf and assert");
   if (!arguments) d.unsupported("call without arguments");
   for (const PtxOperand& argument : arguments->items) d.add_extra(in, d.call_parameter(argument.name));
   // The references are offsets, not registers: out of reach of the slot allocation.

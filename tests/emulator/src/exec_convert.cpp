@@ -21,7 +21,7 @@ Status integer(Warp& w, const Inst& i, Mask mask) {
     using Signed = std::make_signed_t<Slot<To>>;
     const To value = static_cast<To>(static_cast<From>(a[l]));
     result[l] = std::is_signed_v<To> && sizeof(To) != 2 ? static_cast<Slot<To>>(static_cast<Signed>(value))
-                                                         : to_slot<To>(value);
+                                                        : to_slot<To>(value);
   }
   store_lanes(at<Slot<To>>(w, i.d), result, mask);
   return Status::kNext;
@@ -41,28 +41,54 @@ Status integer_sat(Warp& w, const Inst& i, Mask mask) {
 template <class From>
 Handler pick_integer(PtxType to, bool sat) {
   switch (to) {
-    case PtxType::kU8: case PtxType::kB8: return sat ? integer_sat<From, uint8_t> : integer<From, uint8_t>;
-    case PtxType::kS8: return sat ? integer_sat<From, int8_t> : integer<From, int8_t>;
-    case PtxType::kU16: case PtxType::kB16: return sat ? integer_sat<From, uint16_t> : integer<From, uint16_t>;
-    case PtxType::kS16: return sat ? integer_sat<From, int16_t> : integer<From, int16_t>;
-    case PtxType::kU32: case PtxType::kB32: return sat ? integer_sat<From, uint32_t> : integer<From, uint32_t>;
-    case PtxType::kS32: return sat ? integer_sat<From, int32_t> : integer<From, int32_t>;
-    case PtxType::kU64: case PtxType::kB64: return sat ? integer_sat<From, uint64_t> : integer<From, uint64_t>;
-    case PtxType::kS64: return sat ? integer_sat<From, int64_t> : integer<From, int64_t>;
-    default: return nullptr;
+    case PtxType::kU8:
+    case PtxType::kB8:
+      return sat ? integer_sat<From, uint8_t> : integer<From, uint8_t>;
+    case PtxType::kS8:
+      return sat ? integer_sat<From, int8_t> : integer<From, int8_t>;
+    case PtxType::kU16:
+    case PtxType::kB16:
+      return sat ? integer_sat<From, uint16_t> : integer<From, uint16_t>;
+    case PtxType::kS16:
+      return sat ? integer_sat<From, int16_t> : integer<From, int16_t>;
+    case PtxType::kU32:
+    case PtxType::kB32:
+      return sat ? integer_sat<From, uint32_t> : integer<From, uint32_t>;
+    case PtxType::kS32:
+      return sat ? integer_sat<From, int32_t> : integer<From, int32_t>;
+    case PtxType::kU64:
+    case PtxType::kB64:
+      return sat ? integer_sat<From, uint64_t> : integer<From, uint64_t>;
+    case PtxType::kS64:
+      return sat ? integer_sat<From, int64_t> : integer<From, int64_t>;
+    default:
+      return nullptr;
   }
 }
 Handler pick_integer(PtxType from, PtxType to, bool sat) {
   switch (from) {
-    case PtxType::kU8: case PtxType::kB8: return pick_integer<uint8_t>(to, sat);
-    case PtxType::kS8: return pick_integer<int8_t>(to, sat);
-    case PtxType::kU16: case PtxType::kB16: return pick_integer<uint16_t>(to, sat);
-    case PtxType::kS16: return pick_integer<int16_t>(to, sat);
-    case PtxType::kU32: case PtxType::kB32: return pick_integer<uint32_t>(to, sat);
-    case PtxType::kS32: return pick_integer<int32_t>(to, sat);
-    case PtxType::kU64: case PtxType::kB64: return pick_integer<uint64_t>(to, sat);
-    case PtxType::kS64: return pick_integer<int64_t>(to, sat);
-    default: return nullptr;
+    case PtxType::kU8:
+    case PtxType::kB8:
+      return pick_integer<uint8_t>(to, sat);
+    case PtxType::kS8:
+      return pick_integer<int8_t>(to, sat);
+    case PtxType::kU16:
+    case PtxType::kB16:
+      return pick_integer<uint16_t>(to, sat);
+    case PtxType::kS16:
+      return pick_integer<int16_t>(to, sat);
+    case PtxType::kU32:
+    case PtxType::kB32:
+      return pick_integer<uint32_t>(to, sat);
+    case PtxType::kS32:
+      return pick_integer<int32_t>(to, sat);
+    case PtxType::kU64:
+    case PtxType::kB64:
+      return pick_integer<uint64_t>(to, sat);
+    case PtxType::kS64:
+      return pick_integer<int64_t>(to, sat);
+    default:
+      return nullptr;
   }
 }
 
@@ -73,26 +99,42 @@ enum Modifier : uint32_t { kRelu = 1, kSat = 2, kFtz = 4, kIntegral = 8 };
 // f64 holds every source exactly but 64-bit integers, which long double does.
 long double read_lane(const Warp& w, Ref ref, PtxType type, int l) {
   switch (type) {
-    case PtxType::kU8: return static_cast<uint8_t>(in<uint32_t>(w, ref)[l]);
-    case PtxType::kS8: return static_cast<int8_t>(in<uint32_t>(w, ref)[l]);
-    case PtxType::kU16: return static_cast<uint16_t>(in<uint32_t>(w, ref)[l]);
-    case PtxType::kS16: return static_cast<int16_t>(in<uint32_t>(w, ref)[l]);
-    case PtxType::kU32: return in<uint32_t>(w, ref)[l];
-    case PtxType::kS32: return static_cast<int32_t>(in<uint32_t>(w, ref)[l]);
-    case PtxType::kU64: return in<uint64_t>(w, ref)[l];
-    case PtxType::kS64: return static_cast<int64_t>(in<uint64_t>(w, ref)[l]);
-    case PtxType::kF16: return f16_to_f32(static_cast<uint16_t>(in<uint32_t>(w, ref)[l]));
-    case PtxType::kBF16: return bf16_to_f32(static_cast<uint16_t>(in<uint32_t>(w, ref)[l]));
-    case PtxType::kF64: return std::bit_cast<double>(in<uint64_t>(w, ref)[l]);
-    default: return bits_float(in<uint32_t>(w, ref)[l]);
+    case PtxType::kU8:
+      return static_cast<uint8_t>(in<uint32_t>(w, ref)[l]);
+    case PtxType::kS8:
+      return static_cast<int8_t>(in<uint32_t>(w, ref)[l]);
+    case PtxType::kU16:
+      return static_cast<uint16_t>(in<uint32_t>(w, ref)[l]);
+    case PtxType::kS16:
+      return static_cast<int16_t>(in<uint32_t>(w, ref)[l]);
+    case PtxType::kU32:
+      return in<uint32_t>(w, ref)[l];
+    case PtxType::kS32:
+      return static_cast<int32_t>(in<uint32_t>(w, ref)[l]);
+    case PtxType::kU64:
+      return in<uint64_t>(w, ref)[l];
+    case PtxType::kS64:
+      return static_cast<int64_t>(in<uint64_t>(w, ref)[l]);
+    case PtxType::kF16:
+      return f16_to_f32(static_cast<uint16_t>(in<uint32_t>(w, ref)[l]));
+    case PtxType::kBF16:
+      return bf16_to_f32(static_cast<uint16_t>(in<uint32_t>(w, ref)[l]));
+    case PtxType::kF64:
+      return std::bit_cast<double>(in<uint64_t>(w, ref)[l]);
+    default:
+      return bits_float(in<uint32_t>(w, ref)[l]);
   }
 }
 int environment(Round round) {
   switch (round) {
-    case Round::kZero: return FE_TOWARDZERO;
-    case Round::kDown: return FE_DOWNWARD;
-    case Round::kUp: return FE_UPWARD;
-    default: return FE_TONEAREST;
+    case Round::kZero:
+      return FE_TOWARDZERO;
+    case Round::kDown:
+      return FE_DOWNWARD;
+    case Round::kUp:
+      return FE_UPWARD;
+    default:
+      return FE_TONEAREST;
   }
 }
 template <class T>
@@ -111,10 +153,14 @@ float odd_single(long double value) {
 }
 long double integral(long double value, Round round) {
   switch (round) {
-    case Round::kZero: return std::trunc(value);
-    case Round::kDown: return std::floor(value);
-    case Round::kUp: return std::ceil(value);
-    default: return std::nearbyint(value);
+    case Round::kZero:
+      return std::trunc(value);
+    case Round::kDown:
+      return std::floor(value);
+    case Round::kUp:
+      return std::ceil(value);
+    default:
+      return std::nearbyint(value);
   }
 }
 template <Round kRound>
@@ -165,11 +211,21 @@ Status general(Warp& w, const Inst& i, Mask mask) {
       const float single = odd_single(value);
       const bool relu = modifiers & kRelu;
       switch (narrowing) {
-        case Round::kZero: result[l] = narrow_half<Round::kZero>(to, single, relu, false); break;
-        case Round::kDown: result[l] = narrow_half<Round::kDown>(to, single, relu, false); break;
-        case Round::kUp: result[l] = narrow_half<Round::kUp>(to, single, relu, false); break;
-        case Round::kAway: result[l] = narrow_half<Round::kAway>(to, single, relu, false); break;
-        default: result[l] = narrow_half<Round::kNearest>(to, single, relu, false); break;
+        case Round::kZero:
+          result[l] = narrow_half<Round::kZero>(to, single, relu, false);
+          break;
+        case Round::kDown:
+          result[l] = narrow_half<Round::kDown>(to, single, relu, false);
+          break;
+        case Round::kUp:
+          result[l] = narrow_half<Round::kUp>(to, single, relu, false);
+          break;
+        case Round::kAway:
+          result[l] = narrow_half<Round::kAway>(to, single, relu, false);
+          break;
+        default:
+          result[l] = narrow_half<Round::kNearest>(to, single, relu, false);
+          break;
       }
     }
   }
@@ -185,26 +241,62 @@ Status general(Warp& w, const Inst& i, Mask mask) {
 
 // ---- the common ones, vectorised ----
 
-struct F32ToF16 { static uint32_t run(float a) { return f32_to_f16(a); } };
-struct F32ToBf16 { static uint32_t run(float a) { return f32_to_bf16(a); } };
-struct F16ToF32 { static float run(uint32_t a) { return f16_to_f32(static_cast<uint16_t>(a)); } };
-struct Bf16ToF32 { static float run(uint32_t a) { return bf16_to_f32(static_cast<uint16_t>(a)); } };
-struct S32ToF32 { static float run(int32_t a) { return static_cast<float>(a); } };
-struct U32ToF32 { static float run(uint32_t a) { return static_cast<float>(a); } };
-struct F32ToF64 { static double run(float a) { return a; } };
-struct F64ToF32 { static float run(double a) { return static_cast<float>(a); } };
+struct F32ToF16 {
+  static uint32_t run(float a) { return f32_to_f16(a); }
+};
+struct F32ToBf16 {
+  static uint32_t run(float a) { return f32_to_bf16(a); }
+};
+struct F16ToF32 {
+  static float run(uint32_t a) { return f16_to_f32(static_cast<uint16_t>(a)); }
+};
+struct Bf16ToF32 {
+  static float run(uint32_t a) { return bf16_to_f32(static_cast<uint16_t>(a)); }
+};
+struct S32ToF32 {
+  static float run(int32_t a) { return static_cast<float>(a); }
+};
+struct U32ToF32 {
+  static float run(uint32_t a) { return static_cast<float>(a); }
+};
+struct F32ToF64 {
+  static double run(float a) { return a; }
+};
+struct F64ToF32 {
+  static float run(double a) { return static_cast<float>(a); }
+};
 
 // Two f32 into a pair, and pairs into pairs. `bool` parameters: relu, satfinite.
-struct PairF16 { static uint32_t run(float a, float b) { return pack_f16x2(a, b); } };
-struct PairBf16 { static uint32_t run(float a, float b) { return pack_bf16x2(a, b); } };
-struct PairE4m3 { static uint32_t run(float a, float b) { return pack_e4m3x2(a, b); } };
-struct PairE5m2 { static uint32_t run(float a, float b) { return pack_e5m2x2(a, b); } };
-struct PairF16Relu { static uint32_t run(float a, float b) { return pack_f16x2(a, b, true); } };
-struct PairBf16Relu { static uint32_t run(float a, float b) { return pack_bf16x2(a, b, true); } };
-struct PairE4m3Relu { static uint32_t run(float a, float b) { return pack_e4m3x2(a, b, true); } };
-struct PairE5m2Relu { static uint32_t run(float a, float b) { return pack_e5m2x2(a, b, true); } };
-struct PairF16Zero { static uint32_t run(float a, float b) { return pack_f16x2<Round::kZero>(a, b); } };
-struct PairBf16Zero { static uint32_t run(float a, float b) { return pack_bf16x2<Round::kZero>(a, b); } };
+struct PairF16 {
+  static uint32_t run(float a, float b) { return pack_f16x2(a, b); }
+};
+struct PairBf16 {
+  static uint32_t run(float a, float b) { return pack_bf16x2(a, b); }
+};
+struct PairE4m3 {
+  static uint32_t run(float a, float b) { return pack_e4m3x2(a, b); }
+};
+struct PairE5m2 {
+  static uint32_t run(float a, float b) { return pack_e5m2x2(a, b); }
+};
+struct PairF16Relu {
+  static uint32_t run(float a, float b) { return pack_f16x2(a, b, true); }
+};
+struct PairBf16Relu {
+  static uint32_t run(float a, float b) { return pack_bf16x2(a, b, true); }
+};
+struct PairE4m3Relu {
+  static uint32_t run(float a, float b) { return pack_e4m3x2(a, b, true); }
+};
+struct PairE5m2Relu {
+  static uint32_t run(float a, float b) { return pack_e5m2x2(a, b, true); }
+};
+struct PairF16Zero {
+  static uint32_t run(float a, float b) { return pack_f16x2<Round::kZero>(a, b); }
+};
+struct PairBf16Zero {
+  static uint32_t run(float a, float b) { return pack_bf16x2<Round::kZero>(a, b); }
+};
 
 template <bool kE5m2>
 struct Fp8ToF16x2 {
@@ -238,13 +330,21 @@ void decode_pair(Decoder& d, PtxType to, PtxType from) {
     if (zero && relu) d.unsupported("mode");
     switch (to) {
       case PtxType::kF16x2:
-        in.run = zero ? binary<PairF16Zero, T, float, float> : relu ? binary<PairF16Relu, T, float, float> : binary<PairF16, T, float, float>;
+        in.run = zero   ? binary<PairF16Zero, T, float, float>
+                 : relu ? binary<PairF16Relu, T, float, float>
+                        : binary<PairF16, T, float, float>;
         break;
       case PtxType::kBF16x2:
-        in.run = zero ? binary<PairBf16Zero, T, float, float> : relu ? binary<PairBf16Relu, T, float, float> : binary<PairBf16, T, float, float>;
+        in.run = zero   ? binary<PairBf16Zero, T, float, float>
+                 : relu ? binary<PairBf16Relu, T, float, float>
+                        : binary<PairBf16, T, float, float>;
         break;
-      case PtxType::kE4M3x2: in.run = relu ? binary<PairE4m3Relu, T, float, float> : binary<PairE4m3, T, float, float>; break;
-      default: in.run = relu ? binary<PairE5m2Relu, T, float, float> : binary<PairE5m2, T, float, float>; break;
+      case PtxType::kE4M3x2:
+        in.run = relu ? binary<PairE4m3Relu, T, float, float> : binary<PairE4m3, T, float, float>;
+        break;
+      default:
+        in.run = relu ? binary<PairE5m2Relu, T, float, float> : binary<PairE5m2, T, float, float>;
+        break;
     }
     in.b = d.source(2, from);
   } else if (to == PtxType::kF16x2 && !relu) {
@@ -282,15 +382,24 @@ bool decode_convert(Decoder& d) {
   Inst in;
   using T = uint32_t;
   auto is = [&](PtxType t, PtxType f) { return plain && round == Round::kNearest && to == t && from == f; };
-  if (!is_float(to) && !is_float(from) && to != PtxType::kTF32) in.run = pick_integer(from, to, sat);
-  else if (is(PtxType::kF16, PtxType::kF32)) in.run = unary<F32ToF16, T, float>;
-  else if (is(PtxType::kBF16, PtxType::kF32)) in.run = unary<F32ToBf16, T, float>;
-  else if (is(PtxType::kF32, PtxType::kF16)) in.run = unary<F16ToF32, float, T>;
-  else if (is(PtxType::kF32, PtxType::kBF16)) in.run = unary<Bf16ToF32, float, T>;
-  else if (is(PtxType::kF32, PtxType::kS32)) in.run = unary<S32ToF32, float, int32_t>;
-  else if (is(PtxType::kF32, PtxType::kU32)) in.run = unary<U32ToF32, float, T>;
-  else if (is(PtxType::kF64, PtxType::kF32)) in.run = unary<F32ToF64, double, float>;
-  else if (is(PtxType::kF32, PtxType::kF64)) in.run = unary<F64ToF32, float, double>;
+  if (!is_float(to) && !is_float(from) && to != PtxType::kTF32)
+    in.run = pick_integer(from, to, sat);
+  else if (is(PtxType::kF16, PtxType::kF32))
+    in.run = unary<F32ToF16, T, float>;
+  else if (is(PtxType::kBF16, PtxType::kF32))
+    in.run = unary<F32ToBf16, T, float>;
+  else if (is(PtxType::kF32, PtxType::kF16))
+    in.run = unary<F16ToF32, float, T>;
+  else if (is(PtxType::kF32, PtxType::kBF16))
+    in.run = unary<Bf16ToF32, float, T>;
+  else if (is(PtxType::kF32, PtxType::kS32))
+    in.run = unary<S32ToF32, float, int32_t>;
+  else if (is(PtxType::kF32, PtxType::kU32))
+    in.run = unary<U32ToF32, float, T>;
+  else if (is(PtxType::kF64, PtxType::kF32))
+    in.run = unary<F32ToF64, double, float>;
+  else if (is(PtxType::kF32, PtxType::kF64))
+    in.run = unary<F64ToF32, float, double>;
   else {
     if (p.has("satfinite") && to != PtxType::kTF32) d.unsupported("satfinite");
     in.run = general;

@@ -29,49 +29,125 @@ inline T saturate(T x) {
 inline float canonical(float x) { return x != x ? bits_float(0x7fffffffu) : x; }
 inline double canonical(double x) { return x; }
 
-struct Add { template <class T> static T run(T a, T b) { return a + b; } };
-struct Sub { template <class T> static T run(T a, T b) { return a - b; } };
-struct Mul { template <class T> static T run(T a, T b) { return a * b; } };
-struct Div { template <class T> static T run(T a, T b) { return a / b; } };
-struct Fma { template <class T> static T run(T a, T b, T c) { return __builtin_fma(a, b, c); } };
+struct Add {
+  template <class T>
+  static T run(T a, T b) {
+    return a + b;
+  }
+};
+struct Sub {
+  template <class T>
+  static T run(T a, T b) {
+    return a - b;
+  }
+};
+struct Mul {
+  template <class T>
+  static T run(T a, T b) {
+    return a * b;
+  }
+};
+struct Div {
+  template <class T>
+  static T run(T a, T b) {
+    return a / b;
+  }
+};
+struct Fma {
+  template <class T>
+  static T run(T a, T b, T c) {
+    return __builtin_fma(a, b, c);
+  }
+};
 template <>
-inline float Fma::run<float>(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float Fma::run<float>(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
 
 // One or the other if only one is NaN, and -0 below +0.
 struct Min {
-  template <class T> static T run(T a, T b) {
+  template <class T>
+  static T run(T a, T b) {
     const T least = a < b || (a == b && std::signbit(a)) ? a : b;
     return a != a ? b : b != b ? a : least;
   }
 };
 struct Max {
-  template <class T> static T run(T a, T b) {
+  template <class T>
+  static T run(T a, T b) {
     const T most = a > b || (a == b && !std::signbit(a)) ? a : b;
     return a != a ? b : b != b ? a : most;
   }
 };
 template <class Op>
 struct PassNan {
-  template <class T> static T run(T a, T b) { return a != a || b != b ? a + b : Op::run(a, b); }
+  template <class T>
+  static T run(T a, T b) {
+    return a != a || b != b ? a + b : Op::run(a, b);
+  }
 };
 template <class Op>
 struct XorSign {
-  template <class T> static T run(T a, T b) {
+  template <class T>
+  static T run(T a, T b) {
     const T size = Op::run(std::fabs(a), std::fabs(b));
     return std::signbit(a) != std::signbit(b) ? -size : size;
   }
 };
-struct Neg { template <class T> static T run(T a) { return -a; } };
-struct Abs { template <class T> static T run(T a) { return std::fabs(a); } };
-struct Rcp { template <class T> static T run(T a) { return T(1) / a; } };
-struct Sqrt { template <class T> static T run(T a) { return std::sqrt(a); } };
-struct Rsqrt {
-  template <class T> static T run(T a) { return static_cast<T>(1.0 / std::sqrt(static_cast<double>(a))); }
+struct Neg {
+  template <class T>
+  static T run(T a) {
+    return -a;
+  }
 };
-struct Lg2 { template <class T> static T run(T a) { return std::log2(a); } };
-struct Sin { template <class T> static T run(T a) { return static_cast<T>(std::sin(static_cast<double>(a))); } };
-struct Cos { template <class T> static T run(T a) { return static_cast<T>(std::cos(static_cast<double>(a))); } };
-struct Tanh { template <class T> static T run(T a) { return static_cast<T>(std::tanh(static_cast<double>(a))); } };
+struct Abs {
+  template <class T>
+  static T run(T a) {
+    return std::fabs(a);
+  }
+};
+struct Rcp {
+  template <class T>
+  static T run(T a) {
+    return T(1) / a;
+  }
+};
+struct Sqrt {
+  template <class T>
+  static T run(T a) {
+    return std::sqrt(a);
+  }
+};
+struct Rsqrt {
+  template <class T>
+  static T run(T a) {
+    return static_cast<T>(1.0 / std::sqrt(static_cast<double>(a)));
+  }
+};
+struct Lg2 {
+  template <class T>
+  static T run(T a) {
+    return std::log2(a);
+  }
+};
+struct Sin {
+  template <class T>
+  static T run(T a) {
+    return static_cast<T>(std::sin(static_cast<double>(a)));
+  }
+};
+struct Cos {
+  template <class T>
+  static T run(T a) {
+    return static_cast<T>(std::cos(static_cast<double>(a)));
+  }
+};
+struct Tanh {
+  template <class T>
+  static T run(T a) {
+    return static_cast<T>(std::tanh(static_cast<double>(a)));
+  }
+};
 
 // 2^x: a polynomial on [-1/2, 1/2], scaled in two steps so that subnormal results come out rounded.
 struct Ex2 {
@@ -114,7 +190,8 @@ Handler handler_of(int inputs) {
   if constexpr (std::is_invocable_v<decltype([](auto a) -> decltype(Op::run(a, a)) { return Op::run(a, a); }), T>) {
     if (inputs == 2) return binary<D, T, T, T>;
   }
-  if constexpr (std::is_invocable_v<decltype([](auto a) -> decltype(Op::run(a, a, a)) { return Op::run(a, a, a); }), T>) {
+  if constexpr (std::is_invocable_v<decltype([](auto a) -> decltype(Op::run(a, a, a)) { return Op::run(a, a, a); }),
+                                    T>) {
     if (inputs == 3) return ternary<D, T, T, T, T>;
   }
   return nullptr;
@@ -167,14 +244,22 @@ struct Entry {
   Handler (*directed)(PtxType);
 };
 constexpr Entry kEntries[] = {
-    {"add", 2, pick<Add>, pick_directed<Add, 2>},   {"sub", 2, pick<Sub>, pick_directed<Sub, 2>},
-    {"mul", 2, pick<Mul>, pick_directed<Mul, 2>},   {"div", 2, pick<Div>, pick_directed<Div, 2>},
-    {"fma", 3, pick<Fma>, pick_directed<Fma, 3>},   {"mad", 3, pick<Fma>, pick_directed<Fma, 3>},
-    {"neg", 1, pick<Neg>, nullptr},                 {"abs", 1, pick<Abs>, nullptr},
-    {"rcp", 1, pick<Rcp>, pick_directed<Rcp, 1>},   {"sqrt", 1, pick<Sqrt>, pick_directed<Sqrt, 1>},
-    {"rsqrt", 1, pick<Rsqrt>, nullptr},             {"lg2", 1, pick<Lg2>, nullptr},
-    {"ex2", 1, pick<Ex2>, nullptr},                 {"sin", 1, pick<Sin>, nullptr},
-    {"cos", 1, pick<Cos>, nullptr},                 {"tanh", 1, pick<Tanh>, nullptr},
+    {"add", 2, pick<Add>, pick_directed<Add, 2>},
+    {"sub", 2, pick<Sub>, pick_directed<Sub, 2>},
+    {"mul", 2, pick<Mul>, pick_directed<Mul, 2>},
+    {"div", 2, pick<Div>, pick_directed<Div, 2>},
+    {"fma", 3, pick<Fma>, pick_directed<Fma, 3>},
+    {"mad", 3, pick<Fma>, pick_directed<Fma, 3>},
+    {"neg", 1, pick<Neg>, nullptr},
+    {"abs", 1, pick<Abs>, nullptr},
+    {"rcp", 1, pick<Rcp>, pick_directed<Rcp, 1>},
+    {"sqrt", 1, pick<Sqrt>, pick_directed<Sqrt, 1>},
+    {"rsqrt", 1, pick<Rsqrt>, nullptr},
+    {"lg2", 1, pick<Lg2>, nullptr},
+    {"ex2", 1, pick<Ex2>, nullptr},
+    {"sin", 1, pick<Sin>, nullptr},
+    {"cos", 1, pick<Cos>, nullptr},
+    {"tanh", 1, pick<Tanh>, nullptr},
 };
 
 template <bool kDouble>

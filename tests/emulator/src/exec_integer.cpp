@@ -15,32 +15,50 @@ template <class T>
 using Wrap = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 template <class T>
 struct Widened;
-template <> struct Widened<uint16_t> { using type = uint32_t; };
-template <> struct Widened<int16_t> { using type = int32_t; };
-template <> struct Widened<uint32_t> { using type = uint64_t; };
-template <> struct Widened<int32_t> { using type = int64_t; };
-template <> struct Widened<uint64_t> { using type = unsigned __int128; };
-template <> struct Widened<int64_t> { using type = __int128; };
+template <>
+struct Widened<uint16_t> {
+  using type = uint32_t;
+};
+template <>
+struct Widened<int16_t> {
+  using type = int32_t;
+};
+template <>
+struct Widened<uint32_t> {
+  using type = uint64_t;
+};
+template <>
+struct Widened<int32_t> {
+  using type = int64_t;
+};
+template <>
+struct Widened<uint64_t> {
+  using type = unsigned __int128;
+};
+template <>
+struct Widened<int64_t> {
+  using type = __int128;
+};
 template <class T>
 using Wide = typename Widened<T>::type;
 
-#define FLASH_EXT_BINARY(Name, expression)                                    \
-  template <class T>                                                          \
-  struct Name {                                                               \
-    static T run(T a, T b) { return static_cast<T>(expression); }             \
-    static constexpr Handler handler = binary<Name, T, T, T>;                 \
+#define FLASH_EXT_BINARY(Name, expression)                        \
+  template <class T>                                              \
+  struct Name {                                                   \
+    static T run(T a, T b) { return static_cast<T>(expression); } \
+    static constexpr Handler handler = binary<Name, T, T, T>;     \
   };
-#define FLASH_EXT_TERNARY(Name, expression)                                   \
-  template <class T>                                                          \
-  struct Name {                                                               \
-    static T run(T a, T b, T c) { return static_cast<T>(expression); }        \
-    static constexpr Handler handler = ternary<Name, T, T, T, T>;             \
+#define FLASH_EXT_TERNARY(Name, expression)                            \
+  template <class T>                                                   \
+  struct Name {                                                        \
+    static T run(T a, T b, T c) { return static_cast<T>(expression); } \
+    static constexpr Handler handler = ternary<Name, T, T, T, T>;      \
   };
-#define FLASH_EXT_UNARY(Name, Result, expression)                             \
-  template <class T>                                                          \
-  struct Name {                                                               \
-    static Result run(T a) { return static_cast<Result>(expression); }        \
-    static constexpr Handler handler = unary<Name, Result, T>;                \
+#define FLASH_EXT_UNARY(Name, Result, expression)                      \
+  template <class T>                                                   \
+  struct Name {                                                        \
+    static Result run(T a) { return static_cast<Result>(expression); } \
+    static constexpr Handler handler = unary<Name, Result, T>;         \
   };
 
 FLASH_EXT_BINARY(Add, Wrap<T>(a) + Wrap<T>(b))
@@ -49,7 +67,7 @@ FLASH_EXT_BINARY(MulLo, Wrap<T>(a) * Wrap<T>(b))
 FLASH_EXT_BINARY(MulHi, (Wide<T>(a) * Wide<T>(b)) >> (8 * sizeof(T)))
 FLASH_EXT_BINARY(Min, a < b ? a : b)
 FLASH_EXT_BINARY(Max, a > b ? a : b)
-FLASH_EXT_BINARY(And, a & b)
+FLASH_EXT_BINARY(And, a& b)
 FLASH_EXT_BINARY(Or, a | b)
 FLASH_EXT_BINARY(Xor, a ^ b)
 FLASH_EXT_TERNARY(MadLo, Wrap<T>(a) * Wrap<T>(b) + Wrap<T>(c))
@@ -101,9 +119,7 @@ struct MulWide {
 template <class T>
 struct MadWide {
   using R = std::conditional_t<sizeof(T) == 8, T, Wide<T>>;
-  static R run(T a, T b, R c) {
-    return static_cast<R>(static_cast<U<R>>(R(a) * R(b)) + static_cast<U<R>>(c));
-  }
+  static R run(T a, T b, R c) { return static_cast<R>(static_cast<U<R>>(R(a) * R(b)) + static_cast<U<R>>(c)); }
   static constexpr Handler handler = ternary<MadWide, R, T, T, R>;
 };
 
@@ -259,8 +275,8 @@ Status lop3(Warp& w, const Inst& i, Mask mask) {
   for (int l = 0; l < kLanes; ++l) {
     const uint32_t x = a[l], y = b[l], z = c[l];
     result[l] = (terms[0] & ~x & ~y & ~z) | (terms[1] & ~x & ~y & z) | (terms[2] & ~x & y & ~z) |
-                (terms[3] & ~x & y & z) | (terms[4] & x & ~y & ~z) | (terms[5] & x & ~y & z) |
-                (terms[6] & x & y & ~z) | (terms[7] & x & y & z);
+                (terms[3] & ~x & y & z) | (terms[4] & x & ~y & ~z) | (terms[5] & x & ~y & z) | (terms[6] & x & y & ~z) |
+                (terms[7] & x & y & z);
   }
   store_lanes(at<uint32_t>(w, i.d), result, mask);
   return Status::kNext;
@@ -326,7 +342,9 @@ Status mad_carry(Warp& w, const Inst& i, Mask mask) {
 }
 
 template <class Op>
-struct BinaryU32 { static constexpr Handler handler = binary<Op, uint32_t, uint32_t, uint32_t>; };
+struct BinaryU32 {
+  static constexpr Handler handler = binary<Op, uint32_t, uint32_t, uint32_t>;
+};
 
 void emit_binary(Decoder& d, Handler handler, PtxType r, PtxType a, PtxType b) {
   if (!handler) d.unsupported("type");
@@ -358,11 +376,16 @@ void emit_unary(Decoder& d, Handler handler, PtxType r, PtxType a) {
 
 PtxType widened(PtxType type) {
   switch (type) {
-    case PtxType::kU16: return PtxType::kU32;
-    case PtxType::kS16: return PtxType::kS32;
-    case PtxType::kU32: return PtxType::kU64;
-    case PtxType::kS32: return PtxType::kS64;
-    default: return type;
+    case PtxType::kU16:
+      return PtxType::kU32;
+    case PtxType::kS16:
+      return PtxType::kS32;
+    case PtxType::kU32:
+      return PtxType::kU64;
+    case PtxType::kS32:
+      return PtxType::kS64;
+    default:
+      return type;
   }
 }
 
@@ -388,7 +411,10 @@ bool decode_logic(Decoder& d, std::string_view op, PtxType type) {
   const PtxType u32 = PtxType::kU32;
   if (op == "and" || op == "or" || op == "xor") {
     if (type == PtxType::kPred) return false;
-    emit_binary(d, op == "and" ? for_bits<And>(type) : op == "or" ? for_bits<Or>(type) : for_bits<Xor>(type),
+    emit_binary(d,
+                op == "and"  ? for_bits<And>(type)
+                : op == "or" ? for_bits<Or>(type)
+                             : for_bits<Xor>(type),
                 type, type, type);
   } else if (op == "not" || op == "cnot") {
     if (type == PtxType::kPred) return false;
@@ -400,8 +426,9 @@ bool decode_logic(Decoder& d, std::string_view op, PtxType type) {
   } else if (op == "shf") {
     const bool left = d.ptx().has("l"), wrap = d.ptx().has("wrap");
     using T = uint32_t;
-    emit_ternary(d, left ? (wrap ? ternary<ShfLeftWrap, T, T, T, T> : ternary<ShfLeftClamp, T, T, T, T>)
-                         : (wrap ? ternary<ShfRightWrap, T, T, T, T> : ternary<ShfRightClamp, T, T, T, T>),
+    emit_ternary(d,
+                 left ? (wrap ? ternary<ShfLeftWrap, T, T, T, T> : ternary<ShfLeftClamp, T, T, T, T>)
+                      : (wrap ? ternary<ShfRightWrap, T, T, T, T> : ternary<ShfRightClamp, T, T, T, T>),
                  u32, u32, u32, u32);
   } else if (op == "prmt") {
     if (d.ptx().parts.size() != 2) d.unsupported("mode");
@@ -419,8 +446,7 @@ bool decode_logic(Decoder& d, std::string_view op, PtxType type) {
   } else if (op == "popc" || op == "clz") {
     emit_unary(d, op == "popc" ? for_bits<Popc>(type) : for_bits<Clz>(type), u32, type);
   } else if (op == "bfind") {
-    emit_unary(d, d.ptx().has("shiftamt") ? for_integer<BfindShift>(type) : for_integer<Bfind>(type),
-               u32, type);
+    emit_unary(d, d.ptx().has("shiftamt") ? for_integer<BfindShift>(type) : for_integer<Bfind>(type), u32, type);
   } else if (op == "brev") {
     emit_unary(d, type_bytes(type) == 8 ? Brev<uint64_t>::handler : Brev<uint32_t>::handler, type, type);
   } else if (op == "bfe") {
@@ -456,7 +482,7 @@ bool decode_integer(Decoder& d) {
   if (is_float(type)) return false;
   if (type == PtxType::kNone) {
     const std::string_view name = p.parts.back();
-    Handler handler = op == "add"                            ? packed<Add>(name)
+    Handler handler = op == "add"                          ? packed<Add>(name)
                       : op == "min" && p.parts.size() == 2 ? packed<Min>(name)
                       : op == "max" && p.parts.size() == 2 ? packed<Max>(name)
                                                            : nullptr;
@@ -468,9 +494,8 @@ bool decode_integer(Decoder& d) {
     const bool subtract = op[0] == 's', carry_in = op.size() == 4, carry_out = p.has("cc");
     if (carry_in || carry_out) {
       Inst in;
-      in.run = type_bytes(type) == 8
-                   ? (subtract ? add_carry<uint64_t, true> : add_carry<uint64_t, false>)
-                   : (subtract ? add_carry<uint32_t, true> : add_carry<uint32_t, false>);
+      in.run = type_bytes(type) == 8 ? (subtract ? add_carry<uint64_t, true> : add_carry<uint64_t, false>)
+                                     : (subtract ? add_carry<uint32_t, true> : add_carry<uint32_t, false>);
       in.a = d.source(1, type);
       in.b = d.source(2, type);
       in.aux = (carry_in ? 1 : 0) | (carry_out ? 2 : 0);
@@ -498,8 +523,10 @@ bool decode_integer(Decoder& d) {
     if (p.has("cc") || p.has("sat") || (!wide && !hi && !p.has("lo"))) d.unsupported("mode");
     if (wide) {
       const PtxType r = widened(type);
-      if (mad) emit_ternary(d, for_integer<MadWide>(type), r, type, type, r);
-      else emit_binary(d, for_integer<MulWide>(type), r, type, type);
+      if (mad)
+        emit_ternary(d, for_integer<MadWide>(type), r, type, type, r);
+      else
+        emit_binary(d, for_integer<MulWide>(type), r, type, type);
     } else if (mad) {
       emit_ternary(d, hi ? for_integer<MadHi>(type) : for_bits<MadLo>(type), type, type, type, type);
     } else {
@@ -509,8 +536,9 @@ bool decode_integer(Decoder& d) {
     emit_binary(d, op == "div" ? for_integer<Div>(type) : for_integer<Rem>(type), type, type, type);
   } else if (op == "min" || op == "max") {
     const bool relu = p.has("relu"), min = op == "min";
-    emit_binary(d, min ? (relu ? for_integer<MinRelu>(type) : for_integer<Min>(type))
-                       : (relu ? for_integer<MaxRelu>(type) : for_integer<Max>(type)),
+    emit_binary(d,
+                min ? (relu ? for_integer<MinRelu>(type) : for_integer<Min>(type))
+                    : (relu ? for_integer<MaxRelu>(type) : for_integer<Max>(type)),
                 type, type, type);
   } else if (op == "abs") {
     emit_unary(d, for_integer<Abs>(type), type, type);
@@ -521,8 +549,9 @@ bool decode_integer(Decoder& d) {
   } else if (op == "dp4a") {
     const bool a = p.parts[1] == "s32", b = p.parts[2] == "s32";
     using T = uint32_t;
-    emit_ternary(d, a ? (b ? ternary<Dp4a<true, true>, T, T, T, T> : ternary<Dp4a<true, false>, T, T, T, T>)
-                      : (b ? ternary<Dp4a<false, true>, T, T, T, T> : ternary<Dp4a<false, false>, T, T, T, T>),
+    emit_ternary(d,
+                 a ? (b ? ternary<Dp4a<true, true>, T, T, T, T> : ternary<Dp4a<true, false>, T, T, T, T>)
+                   : (b ? ternary<Dp4a<false, true>, T, T, T, T> : ternary<Dp4a<false, false>, T, T, T, T>),
                  u32, u32, u32, u32);
   } else {
     return false;

@@ -46,9 +46,11 @@ Shape parse_shape(Decoder& d, size_t& part) {
 enum OpFlags : uint8_t { kRegisterA = 1, kMnA = 2, kMnB = 4, kNegA = 8, kNegB = 16, kSat = 32 };
 
 int64_t pack_op(const WgmmaOp& op) {
-  const uint64_t flags = (op.a_in_registers ? kRegisterA : 0) | (op.mn_major_a ? kMnA : 0) | (op.mn_major_b ? kMnB : 0) |
-                         (op.negate_a ? kNegA : 0) | (op.negate_b ? kNegB : 0) | (op.satfinite ? kSat : 0);
-  return static_cast<int64_t>(uint64_t(op.n) | uint64_t(op.a) << 16 | uint64_t(op.b) << 24 | uint64_t(op.d) << 32 | flags << 40);
+  const uint64_t flags = (op.a_in_registers ? kRegisterA : 0) | (op.mn_major_a ? kMnA : 0) |
+                         (op.mn_major_b ? kMnB : 0) | (op.negate_a ? kNegA : 0) | (op.negate_b ? kNegB : 0) |
+                         (op.satfinite ? kSat : 0);
+  return static_cast<int64_t>(uint64_t(op.n) | uint64_t(op.a) << 16 | uint64_t(op.b) << 24 | uint64_t(op.d) << 32 |
+                              flags << 40);
 }
 WgmmaOp unpack_op(int64_t packed) {
   const uint64_t bits = static_cast<uint64_t>(packed);
@@ -336,7 +338,8 @@ Status matrix(Warp& w, const Inst& i, Mask mask) {
   const bool transposed = i.first_target >> 8;
   const Mask rows = count == 4 ? kFullMask : (1u << (8 * count)) - 1;
   Lookup found;
-  resolve(w, rows, unpack_mode(i.aux).space, addresses, 16, kLoad ? Access::kRead : Access::kWrite, Scope::kWeak, Order::kRelaxed, found);
+  resolve(w, rows, unpack_mode(i.aux).space, addresses, 16, kLoad ? Access::kRead : Access::kWrite, Scope::kWeak,
+          Order::kRelaxed, found);
   const Ref* refs = w.launch->program->refs.data() + i.extra;
   if constexpr (kLoad) {
     uint32_t* d[4];
@@ -410,10 +413,14 @@ bool run_wgmma(Cta& cta, uint32_t index, uint64_t up_to) {
 
 bool decode_matrix(Decoder& d) {
   const std::string_view op = d.ptx().parts[0];
-  if (op == "wgmma") decode_wgmma(d);
-  else if (op == "mma") decode_mma(d);
-  else if (op == "ldmatrix") decode_ldmatrix(d, true);
-  else if (op == "stmatrix") decode_ldmatrix(d, false);
+  if (op == "wgmma")
+    decode_wgmma(d);
+  else if (op == "mma")
+    decode_mma(d);
+  else if (op == "ldmatrix")
+    decode_ldmatrix(d, true);
+  else if (op == "stmatrix")
+    decode_ldmatrix(d, false);
   else if (op == "movmatrix") {
     Inst in;
     in.run = movmatrix;

@@ -21,7 +21,8 @@ std::string hex(uint64_t value) {
 
 std::string describe(const Mbarrier& b) {
   return "current phase parity " + std::to_string(b.phase & 1) + " (phase " + std::to_string(b.phase) + "), " +
-         std::to_string(b.pending) + " of " + std::to_string(b.count) + " arrivals pending, tx-count " + std::to_string(b.tx);
+         std::to_string(b.pending) + " of " + std::to_string(b.count) + " arrivals pending, tx-count " +
+         std::to_string(b.tx);
 }
 
 struct Place {
@@ -33,7 +34,8 @@ struct Place {
 Place place(Warp& w, int lane, uint64_t address) {
   const Mask bit = 1u << lane;
   if (address >> 32) {
-    if ((address & kWindowMask) != kSharedWindow) fault(w, bit, "mbarrier", "address " + hex(address) + " is not in shared memory", address);
+    if ((address & kWindowMask) != kSharedWindow)
+      fault(w, bit, "mbarrier", "address " + hex(address) + " is not in shared memory", address);
     address &= ~kWindowMask;
   }
   Cta& cta = cluster_cta(w, bit, static_cast<uint32_t>(address));
@@ -50,11 +52,13 @@ bool settle(Mbarrier& b) {
   return true;
 }
 
-void add_tx(const LaunchContext& launch, uint32_t pc, const Cta* cta, uint32_t warp, Mask lanes, Mbarrier& b, int64_t bytes) {
+void add_tx(const LaunchContext& launch, uint32_t pc, const Cta* cta, uint32_t warp, Mask lanes, Mbarrier& b,
+            int64_t bytes) {
   b.tx += bytes;
   if (b.tx > kMaxTx || b.tx < -kMaxTx) {
-    fault_at(launch, pc, cta, warp, lanes, "mbarrier", "tx-count " + std::to_string(b.tx) + " of the mbarrier at shared " +
-             hex(b.address) + " is out of range", b.address);
+    fault_at(launch, pc, cta, warp, lanes, "mbarrier",
+             "tx-count " + std::to_string(b.tx) + " of the mbarrier at shared " + hex(b.address) + " is out of range",
+             b.address);
   }
 }
 
@@ -143,7 +147,8 @@ Status arrive_lanes(Warp& w, const Inst& i, Mask mask) {
         b.count -= n;
       }
       completes |= arrive(w, 1u << l, b, n);
-      if (completes && (flags & kNoComplete)) fault(w, 1u << l, "mbarrier", "arrive.noComplete completes the phase", p.offset);
+      if (completes && (flags & kNoComplete))
+        fault(w, 1u << l, "mbarrier", "arrive.noComplete completes the phase", p.offset);
     }
     rest &= ~group;
     if (w.checks) {
@@ -167,8 +172,10 @@ Status transaction(Warp& w, const Inst& i, Mask mask) {
     add_tx(*w.launch, w.pc, w.cta, w.index, 1u << l, b, complete ? -static_cast<int64_t>(bytes) : bytes);
     const bool ended = complete && settle(b);
     if (!w.checks) continue;
-    if (complete) w.checks->mbarrier_complete_tx(p.cta->rank, p.offset, bytes, ended);
-    else w.checks->mbarrier_expect_tx(w.where(1u << l), p.cta->rank, p.offset, bytes, ended);
+    if (complete)
+      w.checks->mbarrier_complete_tx(p.cta->rank, p.offset, bytes, ended);
+    else
+      w.checks->mbarrier_expect_tx(w.where(1u << l), p.cta->rank, p.offset, bytes, ended);
   }
   return Status::kNext;
 }
@@ -228,7 +235,10 @@ Status wait(Warp& w, const Inst& i, Mask mask) {
     state.generation = waited->phase;
   }
   if (w.checks && state.kind == Wait::kMbarrier && waited->phase >= state.generation + 2) {
-    fault(w, mask, "mbarrier", "two phases passed while the warp waited for one: mbarrier at shared " + hex(first.offset) + ": " + describe(*waited), first.offset);
+    fault(w, mask, "mbarrier",
+          "two phases passed while the warp waited for one: mbarrier at shared " + hex(first.offset) + ": " +
+              describe(*waited),
+          first.offset);
   }
   bool give_up = state.forced_timeout;
   if (!(flags & kTry)) {
@@ -257,14 +267,19 @@ Status mapa(Warp& w, const Inst& i, Mask mask) {
     if (!(mask >> l & 1)) continue;
     const uint64_t address = wide ? in<uint64_t>(w, i.a)[l] : in<uint32_t>(w, i.a)[l];
     const uint32_t rank = in<uint32_t>(w, i.b)[l];
-    if (rank >= w.launch->cluster_size) fault(w, 1u << l, "out-of-bounds", "mapa to CTA rank " + std::to_string(rank) + " of " + std::to_string(w.launch->cluster_size), address);
-    if (wide && i.aux & 2 && (address & kWindowMask) != kSharedWindow) fault(w, 1u << l, "out-of-bounds", "mapa of " + hex(address) + ", which is not in shared memory", address);
+    if (rank >= w.launch->cluster_size)
+      fault(w, 1u << l, "out-of-bounds",
+            "mapa to CTA rank " + std::to_string(rank) + " of " + std::to_string(w.launch->cluster_size), address);
+    if (wide && i.aux & 2 && (address & kWindowMask) != kSharedWindow)
+      fault(w, 1u << l, "out-of-bounds", "mapa of " + hex(address) + ", which is not in shared memory", address);
     const uint64_t window = address & ~uint64_t(0xffffffff);
     result[l] = window | (address & kSharedOffsetMask) | uint64_t(rank + 1) << kRankShift;
     narrow[l] = static_cast<uint32_t>(result[l]);
   }
-  if (wide) store_lanes(at<uint64_t>(w, i.d), result, mask);
-  else store_lanes(at<uint32_t>(w, i.d), narrow, mask);
+  if (wide)
+    store_lanes(at<uint64_t>(w, i.d), result, mask);
+  else
+    store_lanes(at<uint32_t>(w, i.d), narrow, mask);
   return Status::kNext;
 }
 Status ctarank(Warp& w, const Inst& i, Mask mask) {
@@ -293,8 +308,8 @@ void decode_arrive(Decoder& d, bool drop) {
   const size_t first = d.operand(0).kind == PtxOperand::kAddress ? 0 : 1;
   Inst in;
   in.run = arrive_lanes;
-  in.first_target = (p.has("relaxed") ? 0u : kRelease) | (drop ? kDrop : 0u) | (p.has("noComplete") ? kNoComplete : 0u) |
-                    (p.has("expect_tx") ? kExpect : 0u);
+  in.first_target = (p.has("relaxed") ? 0u : kRelease) | (drop ? kDrop : 0u) |
+                    (p.has("noComplete") ? kNoComplete : 0u) | (p.has("expect_tx") ? kExpect : 0u);
   set_address(d, in, d.operand(first));
   if (d.operand_count() > first + 1) {
     const Ref value = d.source(first + 1, PtxType::kU32);
@@ -315,14 +330,18 @@ Mbarrier* find_mbarrier(Cta& cta, uint32_t offset) {
 Mbarrier& need_mbarrier(Warp& w, Mask lanes, Cta& cta, uint32_t offset) {
   Mbarrier* b = find_mbarrier(cta, offset);
   if (!b) {
-    fault(w, lanes, "mbarrier", "no mbarrier has been initialised at shared " + hex(offset) + " of CTA rank " + std::to_string(cta.rank), offset);
+    fault(w, lanes, "mbarrier",
+          "no mbarrier has been initialised at shared " + hex(offset) + " of CTA rank " + std::to_string(cta.rank),
+          offset);
   }
   return *b;
 }
 
 bool arrive(Warp& w, Mask lane, Mbarrier& b, uint32_t count) {
   if (count == 0 || b.pending < static_cast<int64_t>(count)) {
-    fault(w, lane, "mbarrier", std::to_string(count) + " arrivals on the mbarrier at shared " + hex(b.address) + ": " + describe(b), b.address);
+    fault(w, lane, "mbarrier",
+          std::to_string(count) + " arrivals on the mbarrier at shared " + hex(b.address) + ": " + describe(b),
+          b.address);
   }
   b.pending -= count;
   ++w.cluster->effects;
@@ -333,7 +352,8 @@ void complete_tx(Cta& issuer, uint32_t warp, uint32_t pc, Cta& cta, uint32_t off
   const LaunchContext& launch = *cta.launch;
   Mbarrier* b = find_mbarrier(cta, offset);
   if (!b) {
-    fault_at(launch, pc, &issuer, warp, 0, "mbarrier", "the copy completes on shared " + hex(offset) + ", where there is no mbarrier any more", offset);
+    fault_at(launch, pc, &issuer, warp, 0, "mbarrier",
+             "the copy completes on shared " + hex(offset) + ", where there is no mbarrier any more", offset);
   }
   add_tx(launch, pc, &issuer, warp, 0, *b, -static_cast<int64_t>(bytes));
   const bool ended = settle(*b);
@@ -344,31 +364,42 @@ void complete_tx(Cta& issuer, uint32_t warp, uint32_t pc, Cta& cta, uint32_t off
 std::string describe_wait(const Warp& w, const Path& path) {
   const PtxInstruction& in = w.launch->program->source(w.launch->program->code[path.pc]);
   char head[160];
-  std::snprintf(head, sizeof(head), "CTA (%u,%u,%u) warp %u lanes 0x%08x, PTX line %u: ", w.cta->index.x, w.cta->index.y,
-                w.cta->index.z, w.index, path.mask, in.line);
+  std::snprintf(head, sizeof(head), "CTA (%u,%u,%u) warp %u lanes 0x%08x, PTX line %u: ", w.cta->index.x,
+                w.cta->index.y, w.cta->index.z, w.index, path.mask, in.line);
   std::string text = head;
   const Wait& wait = path.wait;
   switch (wait.kind) {
     case Wait::kBarrier: {
       const NamedBarrier& b = w.cta->barriers[wait.id];
-      text += "named barrier " + std::to_string(wait.id) + ": " + std::to_string(b.arrived) + " threads arrived (warp mask " +
-              hex(b.arrived_warps) + "), " + std::to_string(b.whole_cta ? 32 * w.cta->warps_left : b.expected) + " expected";
+      text += "named barrier " + std::to_string(wait.id) + ": " + std::to_string(b.arrived) +
+              " threads arrived (warp mask " + hex(b.arrived_warps) + "), " +
+              std::to_string(b.whole_cta ? 32 * w.cta->warps_left : b.expected) + " expected";
       break;
     }
     case Wait::kMbarrier: {
       Mbarrier* b = find_mbarrier(*w.cluster->ctas[wait.rank], wait.id);
-      text += "mbarrier wait, parity " + std::to_string(wait.parity) + ": mbarrier at shared " + hex(wait.id) + " of rank " +
-              std::to_string(wait.rank) + ": " + (b ? describe(*b) : "invalidated");
+      text += "mbarrier wait, parity " + std::to_string(wait.parity) + ": mbarrier at shared " + hex(wait.id) +
+              " of rank " + std::to_string(wait.rank) + ": " + (b ? describe(*b) : "invalidated");
       break;
     }
     case Wait::kCluster:
       text += "barrier.cluster: " + std::to_string(w.cluster->cluster_arrived) + " warps arrived";
       break;
-    case Wait::kGather: text += "waits for the other lanes of the warp"; break;
-    case Wait::kWgmma: text += "wgmma group: another warp of the warpgroup has not issued it"; break;
-    case Wait::kBulk: text += "bulk copies"; break;
-    case Wait::kRegisters: text += "setmaxnreg.inc to " + std::to_string(wait.id) + ": not enough registers released"; break;
-    case Wait::kNone: text += "runs"; break;
+    case Wait::kGather:
+      text += "waits for the other lanes of the warp";
+      break;
+    case Wait::kWgmma:
+      text += "wgmma group: another warp of the warpgroup has not issued it";
+      break;
+    case Wait::kBulk:
+      text += "bulk copies";
+      break;
+    case Wait::kRegisters:
+      text += "setmaxnreg.inc to " + std::to_string(wait.id) + ": not enough registers released";
+      break;
+    case Wait::kNone:
+      text += "runs";
+      break;
   }
   return text + " (" + std::string(in.opcode) + ")";
 }
@@ -409,7 +440,8 @@ bool decode_mbarrier(Decoder& d) {
     in.a = d.source(1, PtxType::kU32);
   } else if (what == "test_wait" || what == "try_wait") {
     in.run = wait;
-    in.first_target = (p.has("parity") ? kParity : 0u) | (what == "try_wait" ? kTry : 0u) | (p.has("relaxed") ? 0u : kAcquire);
+    in.first_target =
+        (p.has("parity") ? kParity : 0u) | (what == "try_wait" ? kTry : 0u) | (p.has("relaxed") ? 0u : kAcquire);
     set_address(d, in, d.operand(1));
     in.a = d.source(2, p.has("parity") ? PtxType::kU32 : PtxType::kB64);
     in.d = d.predicate_destination(d.operand(0));

@@ -79,15 +79,31 @@ Handler pick(Kind kind) {
 template <class S>
 Handler pick(Kind kind, PtxType type) {
   switch (type) {
-    case PtxType::kB8: case PtxType::kU8: return pick<uint8_t, S>(kind);
-    case PtxType::kS8: return pick<int8_t, S>(kind);
-    case PtxType::kB16: case PtxType::kU16: case PtxType::kF16: case PtxType::kBF16: return pick<uint16_t, S>(kind);
-    case PtxType::kS16: return pick<int16_t, S>(kind);
-    case PtxType::kB32: case PtxType::kU32: case PtxType::kF32: return pick<uint32_t, S>(kind);
-    case PtxType::kS32: return sizeof(S) == 8 ? pick<int32_t, S>(kind) : pick<uint32_t, S>(kind);
-    case PtxType::kB64: case PtxType::kU64: case PtxType::kS64: case PtxType::kF64:
+    case PtxType::kB8:
+    case PtxType::kU8:
+      return pick<uint8_t, S>(kind);
+    case PtxType::kS8:
+      return pick<int8_t, S>(kind);
+    case PtxType::kB16:
+    case PtxType::kU16:
+    case PtxType::kF16:
+    case PtxType::kBF16:
+      return pick<uint16_t, S>(kind);
+    case PtxType::kS16:
+      return pick<int16_t, S>(kind);
+    case PtxType::kB32:
+    case PtxType::kU32:
+    case PtxType::kF32:
+      return pick<uint32_t, S>(kind);
+    case PtxType::kS32:
+      return sizeof(S) == 8 ? pick<int32_t, S>(kind) : pick<uint32_t, S>(kind);
+    case PtxType::kB64:
+    case PtxType::kU64:
+    case PtxType::kS64:
+    case PtxType::kF64:
       return sizeof(S) == 8 ? pick<uint64_t, uint64_t>(kind) : nullptr;
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
@@ -162,18 +178,30 @@ MemoryMode decode_mode(Decoder& d) {
   const PtxInstruction& p = d.ptx();
   MemoryMode mode;
   for (const std::string_view part : p.parts) {
-    if (part == "global") mode.space = Space::kGlobal;
-    else if (part == "shared" || part == "shared::cta" || part == "shared::cluster") mode.space = Space::kShared;
-    else if (part == "local") mode.space = Space::kLocal;
-    else if (part == "param" || part == "param::entry" || part == "param::func") mode.space = Space::kParam;
-    else if (part == "const") mode.space = Space::kConst;
-    else if (part == "cta") mode.scope = Scope::kCta;
-    else if (part == "cluster") mode.scope = Scope::kCluster;
-    else if (part == "gpu" || part == "sys") mode.scope = Scope::kGpu;
-    else if (part == "volatile" || part == "mmio") mode.scope = Scope::kGpu;
-    else if (part == "acquire") mode.order = Order::kAcquire;
-    else if (part == "release") mode.order = Order::kRelease;
-    else if (part == "acq_rel") mode.order = Order::kAcqRel;
+    if (part == "global")
+      mode.space = Space::kGlobal;
+    else if (part == "shared" || part == "shared::cta" || part == "shared::cluster")
+      mode.space = Space::kShared;
+    else if (part == "local")
+      mode.space = Space::kLocal;
+    else if (part == "param" || part == "param::entry" || part == "param::func")
+      mode.space = Space::kParam;
+    else if (part == "const")
+      mode.space = Space::kConst;
+    else if (part == "cta")
+      mode.scope = Scope::kCta;
+    else if (part == "cluster")
+      mode.scope = Scope::kCluster;
+    else if (part == "gpu" || part == "sys")
+      mode.scope = Scope::kGpu;
+    else if (part == "volatile" || part == "mmio")
+      mode.scope = Scope::kGpu;
+    else if (part == "acquire")
+      mode.order = Order::kAcquire;
+    else if (part == "release")
+      mode.order = Order::kRelease;
+    else if (part == "acq_rel")
+      mode.order = Order::kAcqRel;
   }
   return mode;
 }

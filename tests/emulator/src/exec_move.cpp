@@ -40,9 +40,15 @@ Status unpack(Warp& w, const Inst& i, Mask mask) {
   return Status::kNext;
 }
 
-struct And { static Mask run(Mask a, Mask b) { return a & b; } };
-struct Or { static Mask run(Mask a, Mask b) { return a | b; } };
-struct Xor { static Mask run(Mask a, Mask b) { return a ^ b; } };
+struct And {
+  static Mask run(Mask a, Mask b) { return a & b; }
+};
+struct Or {
+  static Mask run(Mask a, Mask b) { return a | b; }
+};
+struct Xor {
+  static Mask run(Mask a, Mask b) { return a ^ b; }
+};
 
 template <class Op>
 Status predicate_logic(Warp& w, const Inst& i, Mask mask) {
@@ -90,34 +96,106 @@ Status is_space(Warp& w, const Inst& i, Mask mask) {
 }
 
 enum Special : uint32_t {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY,
-  kNctaidZ, kClusteridX, kClusteridY, kClusteridZ, kNclusteridX, kNclusteridY, kNclusteridZ,
-  kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ, kClusterNctaidX, kClusterNctaidY,
-  kClusterNctaidZ, kClusterCtarank, kClusterNctarank, kIsExplicitCluster, kLaneid, kWarpid, kNwarpid,
-  kSmid, kNsmid, kGridid, kLanemaskEq, kLanemaskLe, kLanemaskLt, kLanemaskGe, kLanemaskGt, kClock,
-  kClockHi, kClock64, kGlobaltimer, kGlobaltimerLo, kGlobaltimerHi, kDynamicSmem, kTotalSmem,
-  kReservedSmemBegin, kReservedSmemEnd, kReservedSmemCap,
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kClusteridX,
+  kClusteridY,
+  kClusteridZ,
+  kNclusteridX,
+  kNclusteridY,
+  kNclusteridZ,
+  kClusterCtaidX,
+  kClusterCtaidY,
+  kClusterCtaidZ,
+  kClusterNctaidX,
+  kClusterNctaidY,
+  kClusterNctaidZ,
+  kClusterCtarank,
+  kClusterNctarank,
+  kIsExplicitCluster,
+  kLaneid,
+  kWarpid,
+  kNwarpid,
+  kSmid,
+  kNsmid,
+  kGridid,
+  kLanemaskEq,
+  kLanemaskLe,
+  kLanemaskLt,
+  kLanemaskGe,
+  kLanemaskGt,
+  kClock,
+  kClockHi,
+  kClock64,
+  kGlobaltimer,
+  kGlobaltimerLo,
+  kGlobaltimerHi,
+  kDynamicSmem,
+  kTotalSmem,
+  kReservedSmemBegin,
+  kReservedSmemEnd,
+  kReservedSmemCap,
 };
 constexpr std::pair<std::string_view, Special> kSpecials[] = {
-    {"%tid.x", kTidX}, {"%tid.y", kTidY}, {"%tid.z", kTidZ},
-    {"%ntid.x", kNtidX}, {"%ntid.y", kNtidY}, {"%ntid.z", kNtidZ},
-    {"%ctaid.x", kCtaidX}, {"%ctaid.y", kCtaidY}, {"%ctaid.z", kCtaidZ},
-    {"%nctaid.x", kNctaidX}, {"%nctaid.y", kNctaidY}, {"%nctaid.z", kNctaidZ},
-    {"%clusterid.x", kClusteridX}, {"%clusterid.y", kClusteridY}, {"%clusterid.z", kClusteridZ},
-    {"%nclusterid.x", kNclusteridX}, {"%nclusterid.y", kNclusteridY}, {"%nclusterid.z", kNclusteridZ},
-    {"%cluster_ctaid.x", kClusterCtaidX}, {"%cluster_ctaid.y", kClusterCtaidY},
-    {"%cluster_ctaid.z", kClusterCtaidZ}, {"%cluster_nctaid.x", kClusterNctaidX},
-    {"%cluster_nctaid.y", kClusterNctaidY}, {"%cluster_nctaid.z", kClusterNctaidZ},
-    {"%cluster_ctarank", kClusterCtarank}, {"%cluster_nctarank", kClusterNctarank},
-    {"%is_explicit_cluster", kIsExplicitCluster}, {"%laneid", kLaneid}, {"%warpid", kWarpid},
-    {"%nwarpid", kNwarpid}, {"%smid", kSmid}, {"%nsmid", kNsmid}, {"%gridid", kGridid},
-    {"%lanemask_eq", kLanemaskEq}, {"%lanemask_le", kLanemaskLe}, {"%lanemask_lt", kLanemaskLt},
-    {"%lanemask_ge", kLanemaskGe}, {"%lanemask_gt", kLanemaskGt}, {"%clock", kClock},
-    {"%clock_hi", kClockHi}, {"%clock64", kClock64}, {"%globaltimer", kGlobaltimer},
-    {"%globaltimer_lo", kGlobaltimerLo}, {"%globaltimer_hi", kGlobaltimerHi},
-    {"%dynamic_smem_size", kDynamicSmem}, {"%total_smem_size", kTotalSmem},
+    {"%tid.x", kTidX},
+    {"%tid.y", kTidY},
+    {"%tid.z", kTidZ},
+    {"%ntid.x", kNtidX},
+    {"%ntid.y", kNtidY},
+    {"%ntid.z", kNtidZ},
+    {"%ctaid.x", kCtaidX},
+    {"%ctaid.y", kCtaidY},
+    {"%ctaid.z", kCtaidZ},
+    {"%nctaid.x", kNctaidX},
+    {"%nctaid.y", kNctaidY},
+    {"%nctaid.z", kNctaidZ},
+    {"%clusterid.x", kClusteridX},
+    {"%clusterid.y", kClusteridY},
+    {"%clusterid.z", kClusteridZ},
+    {"%nclusterid.x", kNclusteridX},
+    {"%nclusterid.y", kNclusteridY},
+    {"%nclusterid.z", kNclusteridZ},
+    {"%cluster_ctaid.x", kClusterCtaidX},
+    {"%cluster_ctaid.y", kClusterCtaidY},
+    {"%cluster_ctaid.z", kClusterCtaidZ},
+    {"%cluster_nctaid.x", kClusterNctaidX},
+    {"%cluster_nctaid.y", kClusterNctaidY},
+    {"%cluster_nctaid.z", kClusterNctaidZ},
+    {"%cluster_ctarank", kClusterCtarank},
+    {"%cluster_nctarank", kClusterNctarank},
+    {"%is_explicit_cluster", kIsExplicitCluster},
+    {"%laneid", kLaneid},
+    {"%warpid", kWarpid},
+    {"%nwarpid", kNwarpid},
+    {"%smid", kSmid},
+    {"%nsmid", kNsmid},
+    {"%gridid", kGridid},
+    {"%lanemask_eq", kLanemaskEq},
+    {"%lanemask_le", kLanemaskLe},
+    {"%lanemask_lt", kLanemaskLt},
+    {"%lanemask_ge", kLanemaskGe},
+    {"%lanemask_gt", kLanemaskGt},
+    {"%clock", kClock},
+    {"%clock_hi", kClockHi},
+    {"%clock64", kClock64},
+    {"%globaltimer", kGlobaltimer},
+    {"%globaltimer_lo", kGlobaltimerLo},
+    {"%globaltimer_hi", kGlobaltimerHi},
+    {"%dynamic_smem_size", kDynamicSmem},
+    {"%total_smem_size", kTotalSmem},
     {"%reserved_smem_offset_begin", kReservedSmemBegin},
-    {"%reserved_smem_offset_end", kReservedSmemEnd}, {"%reserved_smem_offset_cap", kReservedSmemCap},
+    {"%reserved_smem_offset_end", kReservedSmemEnd},
+    {"%reserved_smem_offset_cap", kReservedSmemCap},
 };
 
 // Time is counted in executed instructions and rounds, so that runs repeat.
@@ -128,54 +206,98 @@ uint64_t special_value(const Warp& w, uint32_t which, uint32_t lane) {
   const uint32_t thread = w.index * kLanes + lane;
   const uint32_t bit = 1u << lane;
   switch (which) {
-    case kTidX: return thread % block.x;
-    case kTidY: return thread / block.x % block.y;
-    case kTidZ: return thread / (block.x * block.y);
-    case kNtidX: return block.x;
-    case kNtidY: return block.y;
-    case kNtidZ: return block.z;
-    case kCtaidX: return cta.x;
-    case kCtaidY: return cta.y;
-    case kCtaidZ: return cta.z;
-    case kNctaidX: return grid.x;
-    case kNctaidY: return grid.y;
-    case kNctaidZ: return grid.z;
-    case kClusteridX: return cta.x / cluster.x;
-    case kClusteridY: return cta.y / cluster.y;
-    case kClusteridZ: return cta.z / cluster.z;
-    case kNclusteridX: return launch.grid_in_clusters.x;
-    case kNclusteridY: return launch.grid_in_clusters.y;
-    case kNclusteridZ: return launch.grid_in_clusters.z;
-    case kClusterCtaidX: return cta.x % cluster.x;
-    case kClusterCtaidY: return cta.y % cluster.y;
-    case kClusterCtaidZ: return cta.z % cluster.z;
-    case kClusterNctaidX: return cluster.x;
-    case kClusterNctaidY: return cluster.y;
-    case kClusterNctaidZ: return cluster.z;
-    case kClusterCtarank: return w.cta->rank;
-    case kClusterNctarank: return launch.cluster_size;
-    case kIsExplicitCluster: return launch.cluster_size > 1;
-    case kLaneid: return lane;
-    case kWarpid: return w.index;
-    case kNwarpid: return launch.warps_per_cta;
-    case kSmid: return (w.cluster->id * launch.cluster_size + w.cta->rank) % launch.options.num_sms;
-    case kNsmid: return launch.options.num_sms;
-    case kGridid: return 1;
-    case kLanemaskEq: return bit;
-    case kLanemaskLe: return bit | (bit - 1);
-    case kLanemaskLt: return bit - 1;
-    case kLanemaskGe: return ~(bit - 1);
-    case kLanemaskGt: return ~(bit | (bit - 1));
+    case kTidX:
+      return thread % block.x;
+    case kTidY:
+      return thread / block.x % block.y;
+    case kTidZ:
+      return thread / (block.x * block.y);
+    case kNtidX:
+      return block.x;
+    case kNtidY:
+      return block.y;
+    case kNtidZ:
+      return block.z;
+    case kCtaidX:
+      return cta.x;
+    case kCtaidY:
+      return cta.y;
+    case kCtaidZ:
+      return cta.z;
+    case kNctaidX:
+      return grid.x;
+    case kNctaidY:
+      return grid.y;
+    case kNctaidZ:
+      return grid.z;
+    case kClusteridX:
+      return cta.x / cluster.x;
+    case kClusteridY:
+      return cta.y / cluster.y;
+    case kClusteridZ:
+      return cta.z / cluster.z;
+    case kNclusteridX:
+      return launch.grid_in_clusters.x;
+    case kNclusteridY:
+      return launch.grid_in_clusters.y;
+    case kNclusteridZ:
+      return launch.grid_in_clusters.z;
+    case kClusterCtaidX:
+      return cta.x % cluster.x;
+    case kClusterCtaidY:
+      return cta.y % cluster.y;
+    case kClusterCtaidZ:
+      return cta.z % cluster.z;
+    case kClusterNctaidX:
+      return cluster.x;
+    case kClusterNctaidY:
+      return cluster.y;
+    case kClusterNctaidZ:
+      return cluster.z;
+    case kClusterCtarank:
+      return w.cta->rank;
+    case kClusterNctarank:
+      return launch.cluster_size;
+    case kIsExplicitCluster:
+      return launch.cluster_size > 1;
+    case kLaneid:
+      return lane;
+    case kWarpid:
+      return w.index;
+    case kNwarpid:
+      return launch.warps_per_cta;
+    case kSmid:
+      return (w.cluster->id * launch.cluster_size + w.cta->rank) % launch.options.num_sms;
+    case kNsmid:
+      return launch.options.num_sms;
+    case kGridid:
+      return 1;
+    case kLanemaskEq:
+      return bit;
+    case kLanemaskLe:
+      return bit | (bit - 1);
+    case kLanemaskLt:
+      return bit - 1;
+    case kLanemaskGe:
+      return ~(bit - 1);
+    case kLanemaskGt:
+      return ~(bit | (bit - 1));
     case kClock:
     case kClock64:
     case kGlobaltimer:
-    case kGlobaltimerLo: return w.cluster->round * 32 + w.executed;
+    case kGlobaltimerLo:
+      return w.cluster->round * 32 + w.executed;
     case kClockHi:
-    case kGlobaltimerHi: return (w.cluster->round * 32 + w.executed) >> 32;
-    case kDynamicSmem: return launch.launch.dynamic_shared_bytes;
-    case kTotalSmem: return launch.shared_bytes - launch.program->shared_base;
-    case kReservedSmemBegin: return 0;
-    default: return launch.program->shared_base;
+    case kGlobaltimerHi:
+      return (w.cluster->round * 32 + w.executed) >> 32;
+    case kDynamicSmem:
+      return launch.launch.dynamic_shared_bytes;
+    case kTotalSmem:
+      return launch.shared_bytes - launch.program->shared_base;
+    case kReservedSmemBegin:
+      return 0;
+    default:
+      return launch.program->shared_base;
   }
 }
 template <class S>
@@ -199,14 +321,18 @@ void decode_vector_move(Decoder& d, PtxType type) {
   const PtxType part = piece == 1 ? PtxType::kB8 : piece == 2 ? PtxType::kB16 : PtxType::kB32;
   Inst in;
   if (packing) {
-    in.run = bytes == 8 ? (piece == 4 ? pack<uint64_t, 32> : piece == 2 ? pack<uint64_t, 16> : pack<uint64_t, 8>)
+    in.run = bytes == 8 ? (piece == 4   ? pack<uint64_t, 32>
+                           : piece == 2 ? pack<uint64_t, 16>
+                                        : pack<uint64_t, 8>)
                         : (piece == 2 ? pack<uint32_t, 16> : pack<uint32_t, 8>);
     std::vector<Ref> parts;
     for (const PtxOperand& item : vector.items) parts.push_back(d.source(item, part));
     for (const Ref ref : parts) d.add_extra(in, ref);
     in.d = d.destination(0, type);
   } else {
-    in.run = bytes == 8 ? (piece == 4 ? unpack<uint64_t, 32> : piece == 2 ? unpack<uint64_t, 16> : unpack<uint64_t, 8>)
+    in.run = bytes == 8 ? (piece == 4   ? unpack<uint64_t, 32>
+                           : piece == 2 ? unpack<uint64_t, 16>
+                                        : unpack<uint64_t, 8>)
                         : (piece == 2 ? unpack<uint32_t, 16> : unpack<uint32_t, 8>);
     in.a = d.source(1, type);
     for (const PtxOperand& item : vector.items) d.add_extra(in, d.destination(item, part));
@@ -293,9 +419,10 @@ bool decode_move(Decoder& d) {
     Inst in;
     in.run = is_space;
     const std::string_view space = p.parts.back();
-    in.imm = space == "local" ? static_cast<int64_t>(kLocalWindow)
+    in.imm = space == "local"                 ? static_cast<int64_t>(kLocalWindow)
              : space.substr(0, 6) == "shared" ? static_cast<int64_t>(kSharedWindow)
-             : space == "global" ? 0 : -1;
+             : space == "global"              ? 0
+                                              : -1;
     if (in.imm < 0) d.unsupported("space");
     in.aux = space == "shared" || space == "shared::cta";
     in.a = d.source(1, PtxType::kU64);

@@ -44,7 +44,8 @@ Status shfl(Warp& w, const Inst& i, Mask mask) {
     valid |= Mask(inside) << l;
     result[l] = value[from & 31];
     if ((mask >> l & 1) && !(mask >> (from & 31) & 1)) {
-      fault(w, 1u << l, "shuffle", "lane " + std::to_string(l) + " reads lane " + std::to_string(from & 31) + ", which does not take part");
+      fault(w, 1u << l, "shuffle",
+            "lane " + std::to_string(l) + " reads lane " + std::to_string(from & 31) + ", which does not take part");
     }
   }
   store_lanes(at<uint32_t>(w, i.d), result, mask);
@@ -56,9 +57,15 @@ enum class Vote : uint32_t { kAll, kAny, kUni, kBallot };
 Status vote(Warp& w, const Inst& i, Mask mask) {
   const Mask yes = read_predicate(w, i.a) & mask;
   switch (static_cast<Vote>(i.aux)) {
-    case Vote::kAll: write_predicate(w, i.d, mask, yes == mask ? kFullMask : 0); break;
-    case Vote::kAny: write_predicate(w, i.d, mask, yes ? kFullMask : 0); break;
-    case Vote::kUni: write_predicate(w, i.d, mask, yes == mask || !yes ? kFullMask : 0); break;
+    case Vote::kAll:
+      write_predicate(w, i.d, mask, yes == mask ? kFullMask : 0);
+      break;
+    case Vote::kAny:
+      write_predicate(w, i.d, mask, yes ? kFullMask : 0);
+      break;
+    case Vote::kUni:
+      write_predicate(w, i.d, mask, yes == mask || !yes ? kFullMask : 0);
+      break;
     case Vote::kBallot: {
       alignas(64) uint32_t result[kLanes];
       for (uint32_t& r : result) r = yes;
@@ -95,14 +102,30 @@ Status redux(Warp& w, const Inst& i, Mask mask) {
     if (!(mask >> l & 1)) continue;
     const uint32_t x = a[l];
     switch (static_cast<Reduce>(i.aux)) {
-      case Reduce::kAdd: total += x; break;
-      case Reduce::kMinU: total = std::min(total, x); break;
-      case Reduce::kMaxU: total = std::max(total, x); break;
-      case Reduce::kMinS: total = std::min<int32_t>(total, x); break;
-      case Reduce::kMaxS: total = std::max<int32_t>(total, x); break;
-      case Reduce::kAnd: total &= x; break;
-      case Reduce::kOr: total |= x; break;
-      case Reduce::kXor: total ^= x; break;
+      case Reduce::kAdd:
+        total += x;
+        break;
+      case Reduce::kMinU:
+        total = std::min(total, x);
+        break;
+      case Reduce::kMaxU:
+        total = std::max(total, x);
+        break;
+      case Reduce::kMinS:
+        total = std::min<int32_t>(total, x);
+        break;
+      case Reduce::kMaxS:
+        total = std::max<int32_t>(total, x);
+        break;
+      case Reduce::kAnd:
+        total &= x;
+        break;
+      case Reduce::kOr:
+        total |= x;
+        break;
+      case Reduce::kXor:
+        total ^= x;
+        break;
     }
   }
   alignas(64) uint32_t result[kLanes];
@@ -154,13 +177,17 @@ bool decode_warp(Decoder& d) {
   }
   if (op == "bar" && p.parts.size() > 1 && p.parts[1] == "warp") {
     in.run = nothing;
+    in.flags = kFlagAnyPlace;
     emit_gather(d, in, 0);
     return true;
   }
   if (op != "shfl" && op != "vote" && op != "match" && op != "redux" && op != "elect") return false;
   if (!p.has("sync")) d.unsupported("form without .sync");
   if (op == "shfl") {
-    const Shuffle kind = p.has("up") ? Shuffle::kUp : p.has("down") ? Shuffle::kDown : p.has("bfly") ? Shuffle::kButterfly : Shuffle::kIndex;
+    const Shuffle kind = p.has("up")     ? Shuffle::kUp
+                         : p.has("down") ? Shuffle::kDown
+                         : p.has("bfly") ? Shuffle::kButterfly
+                                         : Shuffle::kIndex;
     in.run = shfl;
     in.aux = static_cast<uint32_t>(kind);
     in.a = d.source(1, u32);
@@ -184,7 +211,8 @@ bool decode_warp(Decoder& d) {
   } else if (op == "match") {
     const PtxType type = parse_type(p.parts.back());
     const bool all = p.has("all"), wide = type_bytes(type) == 8;
-    in.run = all ? (wide ? match<uint64_t, true> : match<uint32_t, true>) : (wide ? match<uint64_t, false> : match<uint32_t, false>);
+    in.run = all ? (wide ? match<uint64_t, true> : match<uint32_t, true>)
+                 : (wide ? match<uint64_t, false> : match<uint32_t, false>);
     in.a = d.source(1, type);
     const PtxOperand& to = d.operand(0);
     if (to.kind == PtxOperand::kPair) {

@@ -68,23 +68,37 @@ Status ternary(Warp& w, const Inst& i, Mask mask) {
 template <template <class> class Make>
 Handler for_integer(PtxType type) {
   switch (type) {
-    case PtxType::kU16: case PtxType::kB16: return Make<uint16_t>::handler;
-    case PtxType::kS16: return Make<int16_t>::handler;
-    case PtxType::kU32: case PtxType::kB32: return Make<uint32_t>::handler;
-    case PtxType::kS32: return Make<int32_t>::handler;
-    case PtxType::kU64: case PtxType::kB64: return Make<uint64_t>::handler;
-    case PtxType::kS64: return Make<int64_t>::handler;
-    default: return nullptr;
+    case PtxType::kU16:
+    case PtxType::kB16:
+      return Make<uint16_t>::handler;
+    case PtxType::kS16:
+      return Make<int16_t>::handler;
+    case PtxType::kU32:
+    case PtxType::kB32:
+      return Make<uint32_t>::handler;
+    case PtxType::kS32:
+      return Make<int32_t>::handler;
+    case PtxType::kU64:
+    case PtxType::kB64:
+      return Make<uint64_t>::handler;
+    case PtxType::kS64:
+      return Make<int64_t>::handler;
+    default:
+      return nullptr;
   }
 }
 // For operations in which the sign does not matter.
 template <template <class> class Make>
 Handler for_bits(PtxType type) {
   switch (type_bytes(type)) {
-    case 2: return Make<uint16_t>::handler;
-    case 4: return Make<uint32_t>::handler;
-    case 8: return Make<uint64_t>::handler;
-    default: return nullptr;
+    case 2:
+      return Make<uint16_t>::handler;
+    case 4:
+      return Make<uint32_t>::handler;
+    case 8:
+      return Make<uint64_t>::handler;
+    default:
+      return nullptr;
   }
 }
 

@@ -59,8 +59,11 @@ KernelInfo kernel_info(const PtxFunction& function) {
 class Worker {
  public:
   Worker(LaunchContext& launch, size_t residents)
-      : launch_(launch), residents_(residents), counts(launch.program->code.size()),
-        traffic(launch.program->code.size()), copied(launch.program->code.size()) {}
+      : launch_(launch),
+        residents_(residents),
+        counts(launch.program->code.size()),
+        traffic(launch.program->code.size()),
+        copied(launch.program->code.size()) {}
 
   void run() {
     std::vector<std::unique_ptr<Cluster>> running;
@@ -171,12 +174,14 @@ void check_launch(const KernelInfo& info, const Program& program, LaunchContext&
   const auto fail = [&](const std::string& what) { throw LaunchError("launch of " + info.name + ": " + what); };
   auto positive = [](const Dim3& d) { return d.x && d.y && d.z; };
   if (!positive(l.grid) || !positive(l.block) || !positive(l.cluster)) {
-    fail("grid (" + to_text(l.grid) + "), block (" + to_text(l.block) + ") and cluster (" + to_text(l.cluster) + ") must be positive");
+    fail("grid (" + to_text(l.grid) + "), block (" + to_text(l.block) + ") and cluster (" + to_text(l.cluster) +
+         ") must be positive");
   }
   if (l.block.count() > 1024 || l.block.x > 1024 || l.block.y > 1024 || l.block.z > 64) {
     fail("block (" + to_text(l.block) + ") exceeds 1024 threads");
   }
-  if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535) fail("grid (" + to_text(l.grid) + ") exceeds the limits");
+  if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535)
+    fail("grid (" + to_text(l.grid) + ") exceeds the limits");
   if (info.required_threads.x && to_text(info.required_threads) != to_text(l.block)) {
     fail("block (" + to_text(l.block) + ") is not the required (" + to_text(info.required_threads) + ")");
   }
@@ -196,10 +201,12 @@ void check_launch(const KernelInfo& info, const Program& program, LaunchContext&
   }
   const uint64_t shared = uint64_t(program.static_shared_bytes) + l.dynamic_shared_bytes;
   if (shared > kMaxShared) {
-    fail(std::to_string(shared - program.shared_base) + " bytes of shared memory exceed " + std::to_string(kMaxShared - 1024));
+    fail(std::to_string(shared - program.shared_base) + " bytes of shared memory exceed " +
+         std::to_string(kMaxShared - 1024));
   }
   if (l.params.size() < info.param_bytes) {
-    fail("parameters of " + std::to_string(l.params.size()) + " bytes, " + std::to_string(info.param_bytes) + " expected");
+    fail("parameters of " + std::to_string(l.params.size()) + " bytes, " + std::to_string(info.param_bytes) +
+         " expected");
   }
   context.shared_bytes = static_cast<uint32_t>(shared);
 }
@@ -207,7 +214,8 @@ void check_launch(const KernelInfo& info, const Program& program, LaunchContext&
 SourcePlace place_of(const LaunchContext& launch, uint32_t pc) {
   const PtxInstruction& in = launch.program->source(launch.program->code[pc]);
   const auto file = launch.program->module->files.find(in.source_file);
-  return {file == launch.program->module->files.end() ? "" : file->second, in.source_line, in.line, std::string(in.opcode)};
+  return {file == launch.program->module->files.end() ? "" : file->second, in.source_line, in.line,
+          std::string(in.opcode)};
 }
 
 void collect_report(const LaunchContext& launch, const std::vector<std::unique_ptr<Worker>>& workers, Report& report) {
@@ -228,7 +236,9 @@ void collect_report(const LaunchContext& launch, const std::vector<std::unique_p
     }
   }
   for (uint32_t i = 0; i < counts.size(); ++i) {
-    if (!counts[i]) continue;
+    // Of the steps that one instruction became, the last one counts.
+    const bool last = i + 1 == counts.size() || program.code[i + 1].source != program.code[i].source;
+    if (!counts[i] || !last) continue;
     const SourcePlace place = place_of(launch, i);
     const LineTraffic& t = traffic[i];
     report.warp_instructions += counts[i];
@@ -313,12 +323,14 @@ std::string MemoryMap::describe(uint64_t address) const {
   if (next != ranges_.begin()) {
     const MemoryRange& before = std::prev(next)->second;
     const uint64_t past = address - before.begin - before.bytes;
-    text = address - before.begin < before.bytes
-               ? std::to_string(address - before.begin) + " bytes into '" + before.name + "' of " + std::to_string(before.bytes) + " bytes"
-               : std::to_string(past) + " bytes past the end of '" + before.name + "' of " + std::to_string(before.bytes) + " bytes";
+    text = address - before.begin < before.bytes ? std::to_string(address - before.begin) + " bytes into '" +
+                                                       before.name + "' of " + std::to_string(before.bytes) + " bytes"
+                                                 : std::to_string(past) + " bytes past the end of '" + before.name +
+                                                       "' of " + std::to_string(before.bytes) + " bytes";
   }
   if (next != ranges_.end()) {
-    text += (text.empty() ? "" : ", ") + std::to_string(next->second.begin - address) + " bytes before '" + next->second.name + "'";
+    text += (text.empty() ? "" : ", ") + std::to_string(next->second.begin - address) + " bytes before '" +
+            next->second.name + "'";
   }
   return text.empty() ? "no memory is registered" : text;
 }
@@ -341,7 +353,8 @@ ModuleImpl::ModuleImpl(std::unique_ptr<PtxModule> ptx) : ptx_(std::move(ptx)) {
       const bool is_function = std::any_of(ptx_->functions.begin(), ptx_->functions.end(),
                                            [&](const auto& f) { return f->name == fixup.symbol; });
       if (is_function) continue;
-      if (target == variables_.end()) throw LoadError("initialiser of " + std::string(variable.name) + " names unknown " + std::string(fixup.symbol));
+      if (target == variables_.end())
+        throw LoadError("initialiser of " + std::string(variable.name) + " names unknown " + std::string(fixup.symbol));
       const uint64_t address = reinterpret_cast<uint64_t>(target->second.data) + static_cast<uint64_t>(fixup.addend);
       std::memcpy(variables_[variable.name].data + fixup.offset, &address, 8);
     }
@@ -425,7 +438,8 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
   }
   const uint64_t param_begin = reinterpret_cast<uint64_t>(params.data);
   context.ranges.push_back({param_begin, param_begin + info->param_bytes, false, nullptr});
-  std::sort(context.ranges.begin(), context.ranges.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
+  std::sort(context.ranges.begin(), context.ranges.end(),
+            [](const auto& a, const auto& b) { return a.begin < b.begin; });
 
   const Dim3 grid = launch.grid, cluster = context.launch.cluster;
   context.cluster_size = static_cast<uint32_t>(cluster.count());
@@ -433,7 +447,8 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
   context.threads_per_cta = static_cast<uint32_t>(launch.block.count());
   context.warps_per_cta = (context.threads_per_cta + 31) / 32;
   // What ptxas may use at most: the register file divided among the threads that must fit.
-  const uint32_t bound = info->max_threads.x ? static_cast<uint32_t>(info->max_threads.count()) : context.threads_per_cta;
+  const uint32_t bound =
+      info->max_threads.x ? static_cast<uint32_t>(info->max_threads.count()) : context.threads_per_cta;
   const uint32_t ctas = std::max(1u, info->min_ctas_per_sm);
   context.launch_registers = std::min(255u, kRegistersPerSm / std::max(1u, bound * ctas) / 8 * 8);
   if (info->max_registers) context.launch_registers = std::min(context.launch_registers, info->max_registers);
@@ -448,7 +463,9 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
     LaunchInfo checked;
     checked.kernel = kernel;
     checked.locate = [&context](uint32_t pc) { return place_of(context, pc); };
-    checked.register_name = [&context](uint32_t id) { return std::string(context.program->function->registers[id].name); };
+    checked.register_name = [&context](uint32_t id) {
+      return std::string(context.program->function->registers[id].name);
+    };
     context.checks = std::make_unique<LaunchChecks>(checked, *shadow);
   }
 

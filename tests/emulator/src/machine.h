@@ -119,10 +119,10 @@ struct Options {
   Asynchrony asynchrony = Asynchrony::kEarly;
   bool adversarial = false;  // starve warps, delay copies, let try_wait time out, as the seed says
   bool checks = false;
-  bool profile = false;          // bank conflicts and sectors in the report (counts are always on)
-  uint32_t num_threads = 1;      // host threads
-  uint32_t num_sms = 4;          // clusters resident together
-  uint32_t sm_version = 90;      // 80, 86, 89, 90, 120
+  bool profile = false;           // bank conflicts and sectors in the report (counts are always on)
+  uint32_t num_threads = 1;       // host threads
+  uint32_t num_sms = 4;           // clusters resident together
+  uint32_t sm_version = 90;       // 80, 86, 89, 90, 120
   uint64_t max_instructions = 0;  // warp instructions per launch before the watchdog; 0: 20 billion
 };
 
@@ -163,7 +163,7 @@ struct Report {
 };
 
 // Runs a kernel to its end. Throws LaunchError before it starts and Diagnostic when it fails.
-Report launch(const Module& module, const std::string& kernel, const Launch& launch,
-              const MemoryMap& memory, const Options& options);
+Report launch(const Module& module, const std::string& kernel, const Launch& launch, const MemoryMap& memory,
+              const Options& options);
 
 }  // namespace flash_ext::emulator

@@ -84,8 +84,8 @@ void check_alignment(const Warp& w, Mask mask, const uint64_t* addresses, uint32
 }
 
 // Addresses here are 32-bit shared::cluster addresses, widened.
-void resolve_shared(Warp& w, Mask mask, const uint64_t* addresses, uint32_t bytes, Access access,
-                    Scope scope, Order order, Lookup& out) {
+void resolve_shared(Warp& w, Mask mask, const uint64_t* addresses, uint32_t bytes, Access access, Scope scope,
+                    Order order, Lookup& out) {
   uint64_t most = 0;
   for (int l = 0; l < kLanes; ++l) {
     const uint64_t a = (mask >> l) & 1 ? addresses[l] : 0;
@@ -126,8 +126,8 @@ void resolve_shared(Warp& w, Mask mask, const uint64_t* addresses, uint32_t byte
   }
 }
 
-void resolve_global(Warp& w, Mask mask, const uint64_t* addresses, uint32_t bytes, Access access,
-                    Scope scope, Order order, Lookup& out) {
+void resolve_global(Warp& w, Mask mask, const uint64_t* addresses, uint32_t bytes, Access access, Scope scope,
+                    Order order, Lookup& out) {
   uint64_t least = UINT64_MAX, most = 0;
   for (int l = 0; l < kLanes; ++l) {
     const bool on = (mask >> l) & 1;
@@ -142,7 +142,8 @@ void resolve_global(Warp& w, Mask mask, const uint64_t* addresses, uint32_t byte
     }
   }
   for (int l = 0; l < kLanes; ++l) out.data[l] = reinterpret_cast<uint8_t*>(addresses[l]);
-  if (w.checks) [[unlikely]] w.checks->global_access(w.where(mask), access, addresses, bytes, scope, order);
+  if (w.checks) [[unlikely]]
+    w.checks->global_access(w.where(mask), access, addresses, bytes, scope, order);
   if (w.traffic) {
     LineTraffic& t = w.traffic[w.pc];
     ++t.global_requests;
@@ -156,7 +157,8 @@ Cta& cluster_cta(Warp& w, Mask lanes, uint32_t address) {
   const uint32_t high = address >> kRankShift;
   if (high == 0) return *w.cta;
   if (high > w.cluster->ctas.size()) {
-    fault(w, lanes, "out-of-bounds", "shared::cluster address " + hex(address) + " names no CTA of the cluster", address);
+    fault(w, lanes, "out-of-bounds", "shared::cluster address " + hex(address) + " names no CTA of the cluster",
+          address);
   }
   Cta& cta = *w.cluster->ctas[high - 1];
   if (cta.warps_left == 0) {
@@ -179,8 +181,8 @@ void check_global(Warp& w, Mask lanes, uint64_t address, uint64_t bytes, bool wr
   range_of(w, lanes, address, bytes, write);
 }
 
-void resolve(Warp& w, Mask mask, Space space, const uint64_t* addresses, uint32_t bytes, Access access,
-             Scope scope, Order order, Lookup& out) {
+void resolve(Warp& w, Mask mask, Space space, const uint64_t* addresses, uint32_t bytes, Access access, Scope scope,
+             Order order, Lookup& out) {
   check_alignment(w, mask, addresses, bytes);
   if (space == Space::kGeneric) {
     Mask shared = 0, local = 0;
@@ -223,7 +225,8 @@ void resolve(Warp& w, Mask mask, Space space, const uint64_t* addresses, uint32_
     for (int l = 0; l < kLanes; ++l) {
       if (!(mask >> l & 1)) continue;
       if (addresses[l] + bytes > size) {
-        fault(w, 1u << l, "out-of-bounds", std::to_string(bytes) + " bytes at local address " + hex(addresses[l]), addresses[l]);
+        fault(w, 1u << l, "out-of-bounds", std::to_string(bytes) + " bytes at local address " + hex(addresses[l]),
+              addresses[l]);
       }
       out.data[l] = storage.data() + l * size + addresses[l];
     }

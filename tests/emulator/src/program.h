@@ -43,12 +43,12 @@ constexpr Ref kNoRef = kOffsetMask;
 enum InstFlags : uint16_t {
   kFlagBranch = 1,     // ends a block
   kFlagGather = 2,     // all lanes of `member` (kNoRef: all that live) execute it together
-  kFlagUniform = 4,    // a guard that is false for some lanes is an error
+  kFlagAnyPlace = 4,   // with kFlagGather: lanes may stand at different instructions of this kind
   kFlagAsyncRead = 8,  // wgmma: register operands stay in use until the wait
   kFlagWgmmaWait = 16,
-  kFlagTargets = 32,     // first_target and num_targets are set
+  kFlagTargets = 32,      // first_target and num_targets are set
   kFlagPlainExtra = 128,  // the extra operands are no registers
-  kFlagSelect = 64,      // selp: the checks follow the chosen operand only
+  kFlagSelect = 64,       // selp: the checks follow the chosen operand only
 };
 
 struct Inst {
@@ -56,13 +56,13 @@ struct Inst {
   Ref guard = kNoRef;
   Ref member = kNoRef;
   Ref d = kNoRef, a = kNoRef, b = kNoRef, c = kNoRef;
-  uint32_t aux = 0;        // meaning is the family's own
-  uint32_t extra = 0;      // first of further operands in Program::refs
+  uint32_t aux = 0;    // meaning is the family's own
+  uint32_t extra = 0;  // first of further operands in Program::refs
   uint16_t num_extra = 0;
   uint16_t flags = 0;
   // Of branches, in Program::targets; other families may use them as they like.
   uint32_t first_target = 0, num_targets = 0;
-  uint32_t source = 0;     // index into PtxFunction::body; several Insts may share one
+  uint32_t source = 0;  // index into PtxFunction::body; several Insts may share one
   int64_t imm = 0;
 };
 
@@ -74,9 +74,9 @@ struct RegisterUses {
 };
 
 struct Block {
-  uint32_t begin, end;                // Inst range
+  uint32_t begin, end;  // Inst range
   std::vector<uint32_t> successors;
-  uint32_t reconverge = UINT32_MAX;   // Inst where lanes that part at the end meet again
+  uint32_t reconverge = UINT32_MAX;  // Inst where lanes that part at the end meet again
 };
 
 struct Program {
@@ -85,13 +85,13 @@ struct Program {
   std::vector<Inst> code;  // ends in an exit
   std::vector<Ref> refs;
   std::vector<uint32_t> targets;
-  std::vector<RegisterUses> uses;              // per Inst
+  std::vector<RegisterUses> uses;  // per Inst
   std::vector<Block> blocks;
-  std::vector<uint32_t> block_of;              // per Inst
+  std::vector<uint32_t> block_of;  // per Inst
   std::vector<uint32_t> constants;
   uint32_t frame_bytes = 0;
   uint32_t local_bytes = 0;
-  uint32_t call_bytes = 0;  // .param space of call sequences, per lane
+  uint32_t call_bytes = 0;           // .param space of call sequences, per lane
   uint32_t static_shared_bytes = 0;  // from the base of the window
   uint32_t shared_base = 0;          // where user variables start
   uint32_t dynamic_shared_alignment = 16;

@@ -9,23 +9,6 @@ namespace flash_ext::emulator {
 
 namespace {
 
-struct TypeRow {
-  std::string_view name;
-  PtxType type;
-  uint32_t bytes;
-};
-
-constexpr TypeRow kTypes[] = {
-    {"pred", PtxType::kPred, 0},    {"b8", PtxType::kB8, 1},        {"b16", PtxType::kB16, 2},
-    {"b32", PtxType::kB32, 4},      {"b64", PtxType::kB64, 8},      {"b128", PtxType::kB128, 16},
-    {"u8", PtxType::kU8, 1},        {"u16", PtxType::kU16, 2},      {"u32", PtxType::kU32, 4},
-    {"u64", PtxType::kU64, 8},      {"s8", PtxType::kS8, 1},        {"s16", PtxType::kS16, 2},
-    {"s32", PtxType::kS32, 4},      {"s64", PtxType::kS64, 8},      {"f16", PtxType::kF16, 2},
-    {"f16x2", PtxType::kF16x2, 4},  {"bf16", PtxType::kBF16, 2},    {"bf16x2", PtxType::kBF16x2, 4},
-    {"f32", PtxType::kF32, 4},      {"f64", PtxType::kF64, 8},      {"tf32", PtxType::kTF32, 4},
-    {"e4m3x2", PtxType::kE4M3x2, 2}, {"e5m2x2", PtxType::kE5M2x2, 2},
-};
-
 bool is_name_start(char c) {
   return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_' || c == '$' || c == '%';
 }
@@ -35,11 +18,19 @@ bool is_name_char(char c) { return is_name_start(c) || is_digit(c); }
 // A lexical scope of a function body: registers, labels and variables of one { }.
 struct Scope {
   std::unordered_map<std::string_view, uint32_t> registers, labels;
-  struct Family { std::string_view prefix; uint32_t first, count; };
+  struct Family {
+    std::string_view prefix;
+    uint32_t first, count;
+  };
   std::vector<Family> families;  // .reg .b32 %r<100>
   // Operands that name a label not yet seen: (instruction, operand path) kept as instruction and
   // operand number; a branch target list is the other place where labels occur.
-  struct Use { uint32_t instruction; uint32_t operand; std::string_view name; uint32_t line; };
+  struct Use {
+    uint32_t instruction;
+    uint32_t operand;
+    std::string_view name;
+    uint32_t line;
+  };
   std::vector<Use> uses;
 };
 
@@ -360,10 +351,10 @@ class Parser {
     if (peek('(')) function_->params = parameter_list();
     while (peek('.')) {
       const std::string_view word = directive();
-      uint32_t* triple = word == "reqntid"            ? function_->required_threads
-                         : word == "maxntid"          ? function_->max_threads
+      uint32_t* triple = word == "reqntid"             ? function_->required_threads
+                         : word == "maxntid"           ? function_->max_threads
                          : word == "reqnctapercluster" ? function_->required_cluster
-                                                      : nullptr;
+                                                       : nullptr;
       if (triple) {
         for (int i = 0; i < 3; ++i) triple[i] = i == 0 || accept(',') ? static_cast<uint32_t>(integer()) : 1;
       } else if (word == "minnctapersm") {
@@ -423,8 +414,7 @@ class Parser {
         }
       } else if (!scopes_.empty()) {
         scopes_.back().uses.push_back(use);
-      } else if (use.instruction == UINT32_MAX ||
-                 function_->body[use.instruction].parts[0] == "bra") {
+      } else if (use.instruction == UINT32_MAX || function_->body[use.instruction].parts[0] == "bra") {
         line_ = use.line;
         fail("unknown label " + std::string(use.name));
       }
@@ -530,8 +520,7 @@ class Parser {
       if (digits == id.size()) continue;
       for (const Scope::Family& family : scope.families) {
         // The prefix may itself end in digits, so compare it rather than split the name.
-        if (id.size() <= family.prefix.size() || id.substr(0, family.prefix.size()) != family.prefix)
-          continue;
+        if (id.size() <= family.prefix.size() || id.substr(0, family.prefix.size()) != family.prefix) continue;
         const std::string_view tail = id.substr(family.prefix.size());
         uint32_t number = 0;
         const auto [next, error] = std::from_chars(tail.data(), tail.data() + tail.size(), number);
@@ -657,27 +646,6 @@ class Parser {
 };
 
 }  // namespace
-
-PtxType parse_type(std::string_view name) {
-  for (const TypeRow& row : kTypes) {
-    if (row.name == name) return row.type;
-  }
-  return PtxType::kNone;
-}
-
-uint32_t type_bytes(PtxType type) {
-  for (const TypeRow& row : kTypes) {
-    if (row.type == type) return row.bytes;
-  }
-  return 0;
-}
-
-bool is_signed(PtxType type) {
-  return type == PtxType::kS8 || type == PtxType::kS16 || type == PtxType::kS32 ||
-         type == PtxType::kS64;
-}
-
-bool is_float(PtxType type) { return type >= PtxType::kF16 && type <= PtxType::kF64; }
 
 bool PtxInstruction::has(std::string_view part) const {
   for (size_t i = 1; i < parts.size(); ++i) {

@@ -12,12 +12,30 @@
 namespace flash_ext::emulator {
 
 enum class PtxType : uint8_t {
-  kNone, kPred,
-  kB8, kB16, kB32, kB64, kB128,
-  kU8, kU16, kU32, kU64,
-  kS8, kS16, kS32, kS64,
-  kF16, kF16x2, kBF16, kBF16x2, kF32, kF64, kTF32,
-  kE4M3x2, kE5M2x2,
+  kNone,
+  kPred,
+  kB8,
+  kB16,
+  kB32,
+  kB64,
+  kB128,
+  kU8,
+  kU16,
+  kU32,
+  kU64,
+  kS8,
+  kS16,
+  kS32,
+  kS64,
+  kF16,
+  kF16x2,
+  kBF16,
+  kBF16x2,
+  kF32,
+  kF64,
+  kTF32,
+  kE4M3x2,
+  kE5M2x2,
 };
 
 // kNone if the name (without the dot) is not a type.
@@ -49,11 +67,11 @@ struct PtxOperand {
 };
 
 struct PtxInstruction {
-  std::string_view opcode;               // with its modifiers
-  std::vector<std::string_view> parts;   // opcode split at dots
-  int32_t guard = -1;                    // register index
+  std::string_view opcode;              // with its modifiers
+  std::vector<std::string_view> parts;  // opcode split at dots
+  int32_t guard = -1;                   // register index
   bool guard_negated = false;
-  uint32_t line = 0;                     // of the PTX
+  uint32_t line = 0;                          // of the PTX
   uint32_t source_file = 0, source_line = 0;  // .loc
   uint32_t caller_file = 0, caller_line = 0;  // its inlined_at, if any
   std::vector<PtxOperand> operands;
@@ -69,7 +87,11 @@ struct PtxVariable {
   bool is_extern = false;
   std::vector<uint8_t> data;  // initial value, empty for zeros
   // Addresses of other variables to be stored into data.
-  struct Fixup { uint64_t offset; std::string_view symbol; int64_t addend; };
+  struct Fixup {
+    uint64_t offset;
+    std::string_view symbol;
+    int64_t addend;
+  };
   std::vector<Fixup> fixups;
 };
 
@@ -80,8 +102,8 @@ struct PtxRegister {
 
 struct PtxLabel {
   std::string_view name;
-  uint32_t target = UINT32_MAX;              // instruction index
-  std::vector<uint32_t> branch_targets;      // labels, for .branchtargets
+  uint32_t target = UINT32_MAX;          // instruction index
+  std::vector<uint32_t> branch_targets;  // labels, for .branchtargets
 };
 
 struct PtxFunction {

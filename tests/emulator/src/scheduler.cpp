@@ -67,6 +67,11 @@ void merge_paths(Warp& w) {
   }
 }
 
+bool stands_at(const Warp& w, const Path& path, const Inst& inst, uint32_t pc) {
+  if (path.pc == pc) return true;
+  return (inst.flags & kFlagAnyPlace) && (w.code[path.pc].flags & kFlagAnyPlace);
+}
+
 enum class Gathered { kRun, kWait };
 
 // Whether all lanes that `inst` needs stand at it; `mask` grows to those that execute it.
@@ -78,7 +83,7 @@ Gathered gather(Warp& w, const Inst& inst, uint32_t pc, Mask& mask) {
   if ((arrived & need) == need) return Gathered::kRun;
   Mask all = mask;
   for (const Path& other : w.paths) {
-    if (&other == w.path || other.pc != pc) continue;
+    if (&other == w.path || !stands_at(w, other, inst, pc)) continue;
     arrived |= other.mask;
     all |= inst.guard == kNoRef ? other.mask : other.mask & read_predicate(w, inst.guard);
   }
@@ -180,7 +185,7 @@ uint64_t run_warp(Warp& w, uint64_t slice) {
       ++pc;
       if (together) [[unlikely]] {
         for (Path& path : w.paths) {
-          if (path.pc == pc - 1) path.pc = pc;
+          if (stands_at(w, path, inst, pc - 1)) ++path.pc;
         }
         merge_paths(w);
         w.current = 0;
@@ -324,10 +329,12 @@ bool run_cluster(Cluster& cluster, uint64_t budget) {
   }
   const uint64_t total = launch.executed += executed;
   const uint64_t limit = launch.options.max_instructions ? launch.options.max_instructions : kDefaultLimit;
-  if (total > limit) stop_running(cluster, "watchdog", std::to_string(total) + " warp instructions executed and no end");
+  if (total > limit)
+    stop_running(cluster, "watchdog", std::to_string(total) + " warp instructions executed and no end");
   const uint64_t idle = cluster.effects != effects ? (launch.idle = 0) : launch.idle += executed;
   if (idle > kMaxIdle) {
-    stop_running(cluster, "livelock", std::to_string(idle) + " warp instructions executed since anything was stored or signalled");
+    stop_running(cluster, "livelock",
+                 std::to_string(idle) + " warp instructions executed since anything was stored or signalled");
   }
   return false;
 }

@@ -38,7 +38,7 @@ struct Wait {
   bool forced_timeout = false;  // try_wait: return false now
   uint32_t id = 0;              // barrier number, or shared address
   uint32_t rank = 0;
-  uint64_t generation = 0;      // at which the wait began
+  uint64_t generation = 0;  // at which the wait began
   uint32_t parity = 0;
   uint32_t tries = 0;
 };
@@ -106,9 +106,9 @@ struct LineTraffic {
 };
 
 struct Warp {
-  uint8_t* base[2];  // frame, constants
-  uint32_t pc = 0;   // of the instruction that executes
-  uint32_t index = 0;  // in the CTA
+  uint8_t* base[2];      // frame, constants
+  uint32_t pc = 0;       // of the instruction that executes
+  uint32_t index = 0;    // in the CTA
   Path* path = nullptr;  // that executes
   Cta* cta = nullptr;
   Cluster* cluster = nullptr;
@@ -125,9 +125,9 @@ struct Warp {
   uint64_t starved_until = 0;
   uint64_t executed = 0;
 
-  Mask carry = 0;               // of add.cc and its kind
-  uint32_t max_registers = 0;    // setmaxnreg
-  uint64_t cluster_phase = 0;    // of barrier.cluster
+  Mask carry = 0;              // of add.cc and its kind
+  uint32_t max_registers = 0;  // setmaxnreg
+  uint64_t cluster_phase = 0;  // of barrier.cluster
   bool cluster_has_arrived = false;
   std::array<std::unique_ptr<LaneBulk>, kLanes> bulk;
   std::deque<CpAsync> cp_async;
@@ -142,7 +142,7 @@ struct Warp {
   LineTraffic* traffic = nullptr;                // per pc; null: not counted
   uint64_t* copied = nullptr;                    // bytes of bulk copies per pc
   std::vector<uint8_t> local;                    // local_bytes per lane
-  std::vector<uint8_t> call_parameters;  // .param of call sequences, per lane
+  std::vector<uint8_t> call_parameters;          // .param of call sequences, per lane
 
   Where where(Mask lanes) const;
 };
@@ -212,14 +212,14 @@ struct BulkCopy {
   std::array<int32_t, kMaxTmaRank> coords{};
   TmaType type = TmaType::kU8;  // untiled reductions
   ReduceOp op = ReduceOp::kAdd;
-  Cta* cta = nullptr;              // issuer; the source of stores
+  Cta* cta = nullptr;  // issuer; the source of stores
   uint32_t warp = 0;
-  uint32_t shared_address = 0;     // offset, in every CTA of `targets`
-  uint32_t targets = 0;            // ranks, for loads
-  uint32_t source_address = 0;     // kSharedToShared: in the issuer
+  uint32_t shared_address = 0;  // offset, in every CTA of `targets`
+  uint32_t targets = 0;         // ranks, for loads
+  uint32_t source_address = 0;  // kSharedToShared: in the issuer
   uint64_t global = 0;
   uint32_t bytes = 0;
-  uint32_t mbarrier = 0;           // offset
+  uint32_t mbarrier = 0;  // offset
   std::shared_ptr<BulkGroup> group;
   std::vector<uint8_t> staged;
   uint64_t read_due = 0, write_due = 0;
@@ -240,7 +240,7 @@ struct Cluster {
   uint32_t cluster_arrived = 0;
   uint64_t cluster_generation = 0;
   std::vector<std::pair<Cta*, uint32_t>> order;  // scratch of the scheduler
-  uint64_t effects = 0;  // stores, arrivals, copies, exits: what others could be waiting for
+  uint64_t effects = 0;                          // stores, arrivals, copies, exits: what others could be waiting for
 };
 
 struct LaunchContext {
@@ -263,7 +263,7 @@ struct LaunchContext {
   std::atomic<uint64_t> next_cluster{0};
   std::atomic<uint64_t> executed{0};
   std::atomic<uint64_t> idle{0};  // instructions since anything had an effect
-  std::mutex mutex;  // printed, stats
+  std::mutex mutex;               // printed, stats
   std::string printed;
   bool hostile() const { return options.adversarial; }
 };
@@ -296,11 +296,9 @@ inline void store_lanes(S* __restrict dst, const S* __restrict tmp, Mask mask) {
 inline int first_lane(Mask mask) { return __builtin_ctz(mask); }
 
 // Stops the launch with a Diagnostic for the instruction that executes.
-[[noreturn]] void fault(const Warp& w, Mask lanes, const char* kind, const std::string& message,
-                        uint64_t address = 0);
-[[noreturn]] void fault_at(const LaunchContext& launch, uint32_t pc, const Cta* cta, uint32_t warp,
-                           Mask lanes, const char* kind, const std::string& message,
-                           uint64_t address = 0);
+[[noreturn]] void fault(const Warp& w, Mask lanes, const char* kind, const std::string& message, uint64_t address = 0);
+[[noreturn]] void fault_at(const LaunchContext& launch, uint32_t pc, const Cta* cta, uint32_t warp, Mask lanes,
+                           const char* kind, const std::string& message, uint64_t address = 0);
 
 // ---- memory (memory.cpp) ----
 
@@ -311,8 +309,8 @@ struct Lookup {
 };
 
 // Host pointers for the addresses of the active lanes, checked: bounds, alignment, roles, races.
-void resolve(Warp& w, Mask mask, Space space, const uint64_t* addresses, uint32_t bytes,
-             Access access, Scope scope, Order order, Lookup& out);
+void resolve(Warp& w, Mask mask, Space space, const uint64_t* addresses, uint32_t bytes, Access access, Scope scope,
+             Order order, Lookup& out);
 // A 32-bit shared::cluster address to its CTA; faults when the CTA does not exist or has exited.
 Cta& cluster_cta(Warp& w, Mask lanes, uint32_t address);
 // Host range check for copies.

@@ -169,6 +169,29 @@ void global_memory() {
     other->fence(s.at(0), Scope::kGpu);
     s.global(*other, 0, Access::kRead, base);
   });
+  run("fences by every warp, on the other sides of the barriers", nullptr, [=](Scene& s) {
+    zeroed(s);
+    auto other = s.another();
+    s.global(s.c(), 1, Access::kWrite, base);
+    s.c().fence(s.at(0), Scope::kGpu);
+    s.c().fence(s.at(1), Scope::kGpu);
+    s.sync(3);
+    s.global(s.c(), 0, Access::kReadWrite, flag, Scope::kGpu, Order::kRelaxed, 1);
+    s.global(*other, 0, Access::kRead, flag, Scope::kGpu, Order::kRelaxed, 1);
+    for (uint32_t warp = 0; warp < 2; ++warp) other->barrier_arrive(s.at(warp), 0, 0);
+    other->barrier_complete(0, 0, 3);
+    other->fence(s.at(1), Scope::kGpu);
+    s.global(*other, 1, Access::kRead, base);
+  });
+  run("barriers but no fences", fault_kind::kGlobalRace, [=](Scene& s) {
+    zeroed(s);
+    auto other = s.another();
+    s.global(s.c(), 1, Access::kWrite, base);
+    s.sync(3);
+    s.global(s.c(), 0, Access::kReadWrite, flag, Scope::kGpu, Order::kRelaxed, 1);
+    s.global(*other, 0, Access::kRead, flag, Scope::kGpu, Order::kAcquire, 1);
+    s.global(*other, 0, Access::kRead, base);
+  });
   run("fence of CTA scope", fault_kind::kGlobalRace, [=](Scene& s) {
     zeroed(s);
     auto other = s.another();

@@ -22,6 +22,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) two_per_sm(int* x) {
   x[threadIdx.x] = box[255 - threadIdx.x];
 }
 
+// Like `bounded`, but the host changes its attributes.
+extern "C" __global__ void __launch_bounds__(256) tuned(int* x) {
+  if (x) x[threadIdx.x] = 1;
+}
+
 __device__ int counter = 5;
 __constant__ int table[4];
 
@@ -121,9 +126,9 @@ extern "C" int variables(int* out) {
 }
 
 extern "C" int occupancy(int* out) {
-  TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(out, bounded, 256, 0));
-  TRY(cudaFuncSetAttribute(bounded, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 * 1024));
-  TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(out + 1, bounded, 256, 100 * 1024));
+  TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(out, tuned, 256, 0));
+  TRY(cudaFuncSetAttribute(tuned, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 * 1024));
+  TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(out + 1, tuned, 256, 100 * 1024));
   TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(out + 2, two_per_sm, 256, 0));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -189,7 +194,7 @@ extern "C" int launch_config(int grid, int block, int shared, int cluster) {
 }
 
 extern "C" int set_shared_limit(int bytes) {
-  return cudaFuncSetAttribute(bounded, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return cudaFuncSetAttribute(tuned, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 extern "C" int not_a_kernel() {

@@ -1,0 +1,42 @@
+"""Planted bugs: every wait, arrival, fence, copy and descriptor of the Hopper forward broken in turn, under the checks.
+
+These four rows hold every code path of the kernel; `python tests/emulator/planted.py NAME` runs any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash_ext import env
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "emulator"))
+
+import planted
+
+KERNELS = [f"fwd_sm90_bf16_{row}" for row in ("d64_causal", "d64_full", "d128_causal", "d128_full")]
+results: dict[str, list[planted.Result]] = {}
+
+pytestmark = pytest.mark.skipif(env.EMULATE != "sm90", reason="plants bugs in the Hopper kernels")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_planted_bugs_are_caught(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = results[kernel] = planted.run_kernel(kernel, log=lambda line: None)
+    with capsys.disabled():
+        print(f"\n{kernel}: {planted.summary(found)}", end=" ")
+    missed = [f"{r.id} at {r.source} (PTX line {r.ptx_line})" for r in found if not r.caught and not r.because]
+    assert not missed, "neither caught nor explained in planted.SURVIVORS:\n" + "\n".join(missed)
+    assert len(found) > 100
+
+
+def test_every_explanation_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    if set(results) != set(KERNELS):
+        pytest.skip("needs the results of all kernels")
+    everything = [r for found in results.values() for r in found]
+    with capsys.disabled():
+        print(f"\n{planted.summary(everything)}", end=" ")
+    used = {r.because for r in everything}
+    assert [entry for entry in planted.SURVIVORS if entry.because not in used] == []
