@@ -8,9 +8,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11'
 CUTLASS := nvidia-cutlass==4.2.0.0
 
-.PHONY: help install demo test emulator bench gpu resources format clean
+.PHONY: help install demo test emulator bench gpu gpu-bench gpu-tune resources format clean
 help:
-	@echo "make demo | test | emulator | bench | gpu | resources | format | clean"
+	@echo "make demo | test | emulator | bench | gpu | gpu-bench | gpu-tune | resources | format | clean"
 
 $(VENV)/requirements-installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,11 +29,11 @@ demo: $(VENV)/requirements-installed
 
 # The emulator, and the extension's own objects linked against it: FLASH_EXT_EMULATE=sm90 .venv/bin/python ...
 emulator: install
-	$(VENV)/bin/python tests/emulator/build.py --extension
+	$(VENV)/bin/python tests/emulator/build.py --out build/emulator --extension
 
 test: $(VENV)/requirements-installed
 	$(PIP) install --quiet --no-build-isolation -e '.[test]'
-	$(VENV)/bin/python tests/emulator/build.py --extension
+	$(VENV)/bin/python tests/emulator/build.py --out build/emulator --extension
 	$(VENV)/bin/python tools/resources.py
 	$(VENV)/bin/python tools/static_report.py --check
 	$(VENV)/bin/pytest
@@ -47,10 +47,22 @@ bench: $(VENV)/requirements-installed
 
 # On a machine with a GPU, python3, torch, nvcc and ninja; no network needed. FLASH_EXT_WHEELS: a folder with CUTLASS's wheel.
 gpu:
-	$(PYTHON) tools/gpu_session.py --out output/gpu
+	$(PYTHON) tools/gpu_session.py --out output/gpu --budget 530
+
+# A full benchmark preset in parts that each fit ten minutes: make gpu-bench PRESET=paper PART=2/4
+PART ?= 1/1
+gpu-bench:
+	$(PYTHON) tools/gpu_session.py --plan bench --out output/gpu-bench --budget 560 -- --preset $(PRESET) --part $(PART)
+
+# Times candidate tiles of one shape family and prints the winners as rows for csrc/variants.py.
+HEAD_DIM ?= 128
+MASK ?= causal
+gpu-tune:
+	$(PYTHON) tools/gpu_session.py --plan tune --out output/gpu-tune --budget 570 -- --head-dim $(HEAD_DIM) --mask $(MASK)
 
 resources:
 	$(VENV)/bin/python tools/resources.py
+	$(VENV)/bin/python tools/static_report.py
 
 format:
 	$(PIP) install --quiet ruff clang-format

@@ -55,7 +55,15 @@ def _product(dtype: str, size: int, device: str) -> Callable[[], Any] | None:
             return None
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
         one = torch.ones((), device=device)
-        return lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        def product() -> torch.Tensor:
+            return torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        try:
+            product()
+        except RuntimeError:  # a GPU without FP8
+            return None
+        return product
     if dtype == "fp32":
         a, b = a.float(), b.float()
     return lambda: a @ b

@@ -62,8 +62,9 @@ def _by_definition(case: Case, tensors: Tensors, sample: Sample, dtype: torch.dt
     all_rows = torch.arange(case.seqlen_q, device=k.device) if backward else sample.rows
     # dk and dv sum over every query head of the key head; out and dq belong to the sample's own head.
     for head in range(kv_head * group, (kv_head + 1) * group) if backward else [sample.head]:
+        all_q = tensors.q[sample.batch, :, head].to(dtype)
         for rows in all_rows.split(max(1, CHUNK_ELEMENTS // case.seqlen_k)):
-            q = tensors.q[sample.batch, rows, head].to(dtype)
+            q = all_q[rows]
             keep = case.visible(rows)
             p = torch.softmax((q @ k.T * scale).masked_fill_(~keep, -math.inf), -1).nan_to_num_(0.0)
             out = p @ v

@@ -1,7 +1,8 @@
 """The implementations that are measured. One that is absent, or does not cover a case, says why; it never fails a run.
 
 Every implementation gets the same tensors, (batch, seqlen, heads, head_dim) contiguous, and gives out in that shape; a
-transposed view, as SDPA wants, costs nothing. Gradients come from torch.autograd.grad for all of them alike.
+transposed view, as SDPA wants, costs nothing. Gradients come from torch.autograd.grad for all of them alike. A function
+whose result is scaled carries `finish`, which undoes that before the result is checked.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flash_ext
 
+from . import cudnn_fp8
 from .presets import Case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,6 +129,8 @@ class Sdpa(Implementation):
         return f"torch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else "")
 
     def bind(self, case: Case, device: str) -> Attend:
+        if case.dtype == "fp8" and self.name == "cudnn":
+            return _cudnn_fp8(case, device)
         _require(case.dtype != "fp8", "torch's SDPA takes no fp8")
         _require(not case.causal or case.seqlen_q == case.seqlen_k, "torch's is_causal is aligned to the top left")
         if case.lengths and self.name == "fa2" and device == "cuda":
@@ -148,6 +152,13 @@ class Sdpa(Implementation):
             return out.transpose(1, 2)
 
         return attend
+
+
+def _cudnn_fp8(case: Case, device: str) -> Attend:
+    _require(importlib.util.find_spec("cudnn") is not None, "fp8 needs cuDNN's frontend: pip install nvidia-cudnn-frontend==1.18.0")
+    reason = cudnn_fp8.why_not(case)
+    _require(not reason, reason)
+    return cudnn_fp8.bind(case, device)
 
 
 def _cumulative(lengths: tuple[int, ...], device: str) -> Tensor:
@@ -187,6 +198,7 @@ class Flex(Implementation):
 
         _require(case.dtype != "fp8", "FlexAttention takes no fp8")
         config.donated_buffer = False  # lets the backward run twice over one forward, as it is timed
+        torch._dynamo.reset()  # each case is compiled anew; past a few of them dynamo would stop compiling
         visible = _mask_mod(case, device)
         block_mask = None
         if visible is not None:

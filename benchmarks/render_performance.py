@@ -26,6 +26,17 @@ INTRODUCTION = """# Performance
 Written by `python benchmarks/render_performance.py` from the runs in `benchmarks/results/`; do not edit. Every number
 here was measured by this project, in one run beside its peers and the machine's own ceilings.
 `make gpu-bench` repeats a run on your GPU, and `python benchmarks/run.py --help` says what else there is to measure.
+
+How it is measured: a case is timed only after its result passed the oracle (two heads, 256 rows of each); then all
+implementations take turns within one run, each call from a cold L2 between two CUDA events, warmed up; the median, the
+20th and the 80th percentile are kept. A backward is `torch.autograd.grad` over a retained graph, for every
+implementation. Floating-point operations are counted the same for all: 4 * seqlen^2 * head_dim for each head, half of it
+when causal, 2.5 times that for the backward. Power, SM clock and throttling are sampled meanwhile, and the ceilings (a
+device copy, matrix products) are measured in the same run. What our kernels do not cover is not timed: the reference
+never stands in for them.
+
+What can be said without a GPU, instructions and cycles of each kernel's main loops, is printed by
+`python tools/static_report.py`.
 """
 NOTHING = """**Nothing has been measured on a GPU yet.** No speed of flash_ext is known; whoever states one did not get it here.
 """

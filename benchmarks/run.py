@@ -26,7 +26,7 @@ if __name__ == "__main__":  # the checkout whose commit is recorded is the one t
 import torch
 
 from benchmarks import ceilings, energy, machine, report
-from benchmarks.nvml import Provider
+from benchmarks.nvml import Provider, Unavailable
 from benchmarks.presets import DTYPES, PASSES, PRESETS, Case, cases_of, default_passes
 from benchmarks.registry import Implementation, implementations
 from benchmarks.runner import FAILED, WRONG, DeviceLost, Session, measure_case
@@ -188,7 +188,10 @@ def _session(arguments: argparse.Namespace, device: str, provider: Provider | No
     if arguments.energy and provider is None:
         notes.append(f"energy was not measured: {why}")
     elif arguments.energy:
-        idle_w = energy.idle_watts(provider, torch.cuda.synchronize if device == "cuda" else lambda: None)
+        try:
+            idle_w = energy.idle_watts(provider, torch.cuda.synchronize if device == "cuda" else lambda: None)
+        except Unavailable as error:
+            notes.append(f"energy was not measured: {error}")
     measured = ceilings.measure(device, arguments.dtype, stopwatch)
     seconds, gpu = arguments.seconds or DEFAULT_SECONDS[device], device == "cuda"
     return Session(

@@ -19,7 +19,7 @@ from .ceilings import Ceilings
 from .nvml import Provider, Sampler
 from .presets import Case, Tensors, build
 from .registry import Attend, Implementation, NotCovered
-from .timing import Stopwatch, time_interleaved
+from .timing import Spread, Stopwatch, time_interleaved
 
 HEAVY_S = 0.5  # after a case that kept the GPU busy this long, a pause lets it cool
 
@@ -56,15 +56,26 @@ def _outcome(status: str, reason: str = "", **measured: Any) -> dict[str, Any]:
     return {"status": status, "reason": reason, **measured}
 
 
+def _gpu_answers() -> bool:
+    """A launch that was refused leaves the GPU usable; a fault in a kernel makes every later call fail."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
 def _outcome_of(error: Exception) -> dict[str, Any]:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, (NotCovered, flash_ext.FallbackWarning)):
         return _outcome(NOT_COVERED, text)
+    if "flash_ext::reference_" in text:  # the fallback's own exception does not cross the C++ op that called the reference
+        return _outcome(NOT_COVERED, "no kernel: the op falls back to the reference")
     if isinstance(error, torch.OutOfMemoryError):
         return _outcome(FAILED, "out of memory")
     if "No available kernel" in text:
         return _outcome(NOT_COVERED, "torch: no kernel of this backend takes it")
-    if "CUDA error" in str(error) and "out of memory" not in str(error):
+    if "CUDA error" in str(error) and "out of memory" not in str(error) and not _gpu_answers():
         raise DeviceLost(text) from error
     return _outcome(FAILED, f"{type(error).__name__}: {text}")
 
@@ -77,7 +88,8 @@ def results_of(case: Case, attend: Attend, tensors: Tensors) -> dict[str, Tensor
     """What the case computes, to be held against the oracle."""
     if case.direction == "fwd":
         with torch.no_grad():
-            return {"out": attend(tensors.q, tensors.k, tensors.v)}
+            out = attend(tensors.q, tensors.k, tensors.v)
+            return {"out": getattr(attend, "finish", lambda result: result)(out)}
     leaves = _leaves(tensors)
     out = attend(*leaves)
     dq, dk, dv = torch.autograd.grad(out, leaves, tensors.dout)
@@ -153,10 +165,14 @@ def measure_case(case: Case, chosen: dict[str, Implementation], session: Session
     tensors = build(case, session.device)
     outcomes, calls = _prepare(case, chosen, tensors, session)
     conditions: dict[str, Any] = {}
+    times: dict[str, Spread] = {}
     if calls:
         with Sampler(session.provider) as sampler:
             limits = {"seconds": session.seconds, "least": session.least, "most": session.most}
-            times = time_interleaved(calls, session.stopwatch, **limits)
+            try:
+                times = time_interleaved(calls, session.stopwatch, **limits)
+            except Exception as error:  # such as memory that sufficed for each, but not for all together
+                outcomes |= dict.fromkeys(calls, _outcome_of(error))
         conditions = sampler.conditions.summary() if session.provider else {}
         for name, measured in times.items():
             outcomes[name] |= {"seconds": measured.as_dict(), **_rate(case, measured.median, session)}

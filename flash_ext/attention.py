@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import ops
 from .arguments import check_arguments
 
 
@@ -81,12 +82,15 @@ def attention(
     arguments = (
         q, k, v, float(softmax_scale), causal, window_size[0], window_size[1], float(softcap), deterministic, backend,
     )  # fmt: skip
-    if tracing or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        out, lse = torch.ops.flash_ext.fwd(*arguments)
+    fwd = torch.ops.flash_ext.fwd
+    if tracing:
+        out, lse = fwd(*arguments)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = ops.call(fwd, *arguments)
     else:
         # Nothing to differentiate: the Python layer of the op's autograd registration costs a third of a call.
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.flash_ext.fwd(*arguments)
+            out, lse = ops.call(fwd, *arguments)
     return (out, lse) if return_lse else out
 
 

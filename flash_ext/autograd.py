@@ -18,7 +18,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 def _fwd_backward(ctx, dout, dlse):
     *scoring, deterministic, backend = ctx.options
-    gradients = torch.ops.flash_ext.bwd(dout, dlse, *ctx.saved_tensors, *scoring, deterministic, backend)
+    gradients = ops.call(torch.ops.flash_ext.bwd, dout, dlse, *ctx.saved_tensors, *scoring, deterministic, backend)
     return *gradients, *(None for _ in ctx.options)
 
 

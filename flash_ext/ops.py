@@ -12,6 +12,8 @@ call on the reference. An op called directly gives the same gradients as flash_e
 
 from __future__ import annotations
 
+import functools
+import threading
 from pathlib import Path
 
 import torch
@@ -99,11 +101,40 @@ def _bwd_preprocess(out, dout, lse, dlse):
     return reference.bwd_preprocess(out, dout, lse, dlse, STATS_ROW_ALIGNMENT)
 
 
+# A compiled op that calls the reference op loses its exception: between the two Python frames lies a C interface that
+# turns it into a RuntimeError without its type and text. So the reference op keeps it, and call() raises it again.
+_lost = threading.local()
+
+
+def _kept(implementation):
+    @functools.wraps(implementation)
+    def keeping(*arguments):
+        try:
+            return implementation(*arguments)
+        except Exception as error:
+            _lost.error = error
+            raise
+
+    return keeping
+
+
+def call(op, *arguments):
+    """op(*arguments); what the reference raised below a compiled op comes out as it was raised."""
+    _lost.error = None
+    try:
+        return op(*arguments)
+    except RuntimeError:
+        original, _lost.error = _lost.error, None
+        if original is None:
+            raise
+        raise original from None
+
+
 for _name, _implementation in (
     ("fwd", _fwd),
     ("bwd", _bwd),
-    ("reference_fwd", _reference_fwd),
-    ("reference_bwd", _reference_bwd),
+    ("reference_fwd", _kept(_reference_fwd)),
+    ("reference_bwd", _kept(_reference_bwd)),
     ("bwd_preprocess", _bwd_preprocess),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")

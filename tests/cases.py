@@ -187,6 +187,10 @@ def check_case(
     return got
 
 
+HEAD_DIMS = (1, 2, 3, 8, 15, 16, 24, 32, 40, 72, 80, 96, 127, 192, 255, 256)
+WINDOWS = ((0, 0), (0, -1), (-1, 0), (5, 3), (64, 0), (-1, 7), (170, 150))
+
+
 def _named_cases() -> list[Case]:
     small = {"batch": 1, "num_heads": 1, "num_heads_kv": 1}
     cases = [
@@ -217,12 +221,12 @@ def _named_cases() -> list[Case]:
         Case("gqa", 70, 70, num_heads=8, num_heads_kv=4, head_dim_v=32),
         Case("mqa", 64, 129, num_heads=7, num_heads_kv=1, causal=True),
         Case("mqa", 2, 40, batch=3, num_heads=300, num_heads_kv=1, head_dim=8),  # more query heads a key head than tile rows
-        *(Case("head_dim", 33, 49, head_dim=d, causal=True) for d in (1, 2, 3, 8, 15, 16, 24, 32, 40, 72, 80, 96, 127, 192, 255, 256)),
+        *(Case("head_dim", 33, 49, head_dim=d, causal=True) for d in HEAD_DIMS),
         Case("head_dim_v", 65, 40, head_dim=192, head_dim_v=128, causal=True),
         Case("head_dim_v", 20, 30, head_dim=24, head_dim_v=256),
         Case("head_dim_v", 20, 30, head_dim=7, head_dim_v=1),
         # Masks.
-        *(Case("window", 150, 170, window_size=w, batch=1) for w in ((0, 0), (0, -1), (-1, 0), (5, 3), (64, 0), (-1, 7), (170, 150))),
+        *(Case("window", 150, 170, window_size=w, batch=1) for w in WINDOWS),
         Case("window", 150, 170, window_size=(16, 40), causal=True, batch=1),
         Case("window", 600, 700, window_size=(33, 1), **small, head_dim=16),  # skips tiles on both sides
         Case("window", 100, 20, window_size=(4, 9), num_heads=4),
@@ -244,9 +248,11 @@ def _named_cases() -> list[Case]:
         *(Case("layout", 66, 77, num_heads=4, layout=layout, causal=True) for layout in LAYOUTS[1:]),
         Case("layout", 1, 1, **small, layout="odd_offset", head_dim=1),
         Case("layout", 30, 40, layout="odd_stride", head_dim=128, num_heads=4, num_heads_kv=1, window_size=(8, 0)),
-        # Several sequences and heads in one step of the reference, and more of them than one step takes.
+        # The reference works on several sequences and heads in one step: all of them, and with a remainder.
         Case("many_heads", 9, 300, batch=3, num_heads=24, num_heads_kv=12, head_dim=16, causal=True),
+        Case("many_heads", 260, 520, batch=1, num_heads=5, num_heads_kv=5, head_dim=8),
         Case("many_sequences", 5, 7, batch=67, num_heads=3, num_heads_kv=3, head_dim=8),
+        Case("many_sequences", 130, 520, batch=5, head_dim=8, causal=True),
     ]  # fmt: skip
     return cases
 

@@ -84,10 +84,7 @@ def dense_results(
     for result, gradient in ((out, dout), (lse.masked_fill(lse.isinf(), 0.0), dlse)):
         if gradient is not None:
             total = total + (result * gradient.to(dtype)).sum()
-    if total.requires_grad:
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-    else:
-        gradients = (None, None, None)
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None,) * 3
     filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
     return Results(out.detach(), lse.detach(), *filled)
 
@@ -96,7 +93,9 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
-def compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, plain: Tensor, inherent: Tensor, magnitude: float) -> str | None:
+def compare(
+    name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, plain: Tensor, inherent: Tensor, magnitude: float
+) -> str | None:
     """What is wrong with `got`, or None. dtype is the one it was rounded to.
 
     (a) largest error at most twice plain PyTorch's, or twice the one inherent in the algorithm, plus two units in the last
@@ -117,7 +116,9 @@ def compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, plain:
     floor = CANCELLATION_ROUNDINGS * torch.finfo(accumulation_dtype(dtype)).eps * magnitude
     model_error = max(_largest(plain - truth), _largest(inherent - truth))
     allowed = 2 * model_error + 2 * torch.finfo(dtype).eps * _largest(truth) + floor
-    norm_allowed = FROBENIUS_BOUND[dtype] * truth.norm().item() + 2 * (inherent - truth).norm().item() + floor * math.sqrt(got.numel())
+    norm_allowed = (
+        FROBENIUS_BOUND[dtype] * truth.norm().item() + 2 * (inherent - truth).norm().item() + floor * math.sqrt(got.numel())
+    )
     if error.max().item() <= allowed and error.norm().item() <= norm_allowed:
         return None
     at = tuple((error == error.max()).nonzero()[0].tolist())
@@ -128,7 +129,9 @@ def compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, plain:
     )
 
 
-def _with_rounded_out(truth: Results, inputs: tuple, dout: Tensor | None, dlse: Tensor | None, options: dict, dtype: torch.dtype) -> Results:
+def _with_rounded_out(
+    truth: Results, inputs: tuple, dout: Tensor | None, dlse: Tensor | None, options: dict, dtype: torch.dtype
+) -> Results:
     """The truth but for one thing: the backward takes delta = rowsum(dout * out) from the rounded out, as the algorithm
     does. A shift of delta acts like a gradient of lse."""
     if dout is None:

@@ -82,7 +82,9 @@ def test_device_code_knows_nothing_of_the_host_code() -> None:
 def test_no_template_has_two_bool_parameters() -> None:
     found = []
     for name, text in cxx_sources("csrc").items():
-        for head in re.findall(r"template\s*<([^{};]*?)>\s*(?:class|struct|using|inline|constexpr|__|FX_|void|auto|[A-Za-z_])", text):
+        for head in re.findall(
+            r"template\s*<([^{};]*?)>\s*(?:class|struct|using|inline|constexpr|__|FX_|void|auto|[A-Za-z_])", text
+        ):
             if len(re.findall(r"\bbool\b", head)) > 1:
                 found.append(f"{name}: template <{head}>")
     assert found == []
@@ -102,7 +104,9 @@ def test_headers_are_included_once() -> None:
 def test_nothing_generated_is_committed() -> None:
     """No .cu (every translation unit with kernels is generated), no object, no library."""
     assert [str(p.relative_to(ROOT)) for p in files("csrc") if p.suffix == ".cu"] == []
-    assert [str(p.relative_to(ROOT)) for p in files() if p.suffix in {".so", ".o", ".a", ".cubin", ".ptx", ".pyc", ".egg-info"}] == []
+    assert [
+        str(p.relative_to(ROOT)) for p in files() if p.suffix in {".so", ".o", ".a", ".cubin", ".ptx", ".pyc", ".egg-info"}
+    ] == []
 
 
 def test_every_variable_read_is_documented() -> None:
@@ -141,7 +145,11 @@ def test_python_modules_open_with_a_docstring() -> None:
 
 
 def test_headers_open_with_their_purpose() -> None:
-    assert [n for n, t in cxx_sources("csrc").items() if not t.startswith("// ") and n != "csrc/host_module.cpp" and n.endswith(("h", "cuh"))] == []
+    assert [
+        n
+        for n, t in cxx_sources("csrc").items()
+        if not t.startswith("// ") and n != "csrc/host_module.cpp" and n.endswith(("h", "cuh"))
+    ] == []
 
 
 def test_no_leftovers() -> None:

@@ -52,10 +52,6 @@ class Tile:
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}/{self.stages}/{self.stages_q}"
 
-    @property
-    def cxx(self) -> str:
-        return f"flash_ext::sm90::Tile<{self.block_m}, {self.block_n}, {self.stages}, {self.stages_q}>"
-
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         q = self.stages_q * self.block_m * head_dim
         kv = self.stages * self.block_n * (head_dim + head_dim_v)
@@ -99,14 +95,45 @@ def row_of(head_dim: int, mask: str, dtype: str) -> variants.Variant:
     )
 
 
+CANDIDATE_MASK = "flash_ext::sm90::CandidateMask"
+
+
+def _mask_of(row: variants.Variant) -> str:
+    return re.search(r"flash_ext::\w+Mask", row.config)[0]
+
+
 def candidate_table(row: variants.Variant, tile: Tile | None) -> str:
     """Appended to a copy's csrc/variants.py: the table becomes this one row, with the candidate's tile (None: as it is)."""
-    changes = "" if tile is None else (
-        f", block_m={tile.block_m}, block_n={tile.block_n}, config={row.config.removesuffix('>') + ', ' + tile.cxx + '>'!r}"
-    )  # fmt: skip
+    changes = ""
+    if tile is not None:
+        config = row.config.replace(_mask_of(row), CANDIDATE_MASK)
+        changes = f", block_m={tile.block_m}, block_n={tile.block_n}, config={config!r}"
     return (
         "\n\nfrom dataclasses import replace as _replace  # a candidate of tools/tune.py\n\n"
         f"VARIANTS = tuple(_replace(v{changes}) for v in VARIANTS if v.name == {row.name!r})\n"
+    )
+
+
+def candidate_tile(row: variants.Variant, tile: Tile) -> str:
+    """Appended to a copy's csrc/sm90/fwd.cuh: the row's mask under another name, for which FwdTile is the candidate's."""
+    dims = row.config.split(",", 1)[1].replace(_mask_of(row), "CandidateMask").removesuffix(">")
+    numbers = f"kBlockM = {tile.block_m}, kBlockN = {tile.block_n}, kStages = {tile.stages}, kStagesQ = {tile.stages_q}"
+    return (
+        f"\nnamespace flash_ext::sm90 {{\nstruct CandidateMask : {_mask_of(row)} {{}};\ntemplate <>\n"
+        f"struct FwdTile<{dims.strip()}> {{\n  static constexpr int {numbers};\n}};\n}}  // namespace flash_ext::sm90\n"
+    )
+
+
+def missing_product(block_n: int, primitives: str) -> str:
+    """The wgmma of this width for a copy's sm90/primitives.cuh, '' where it is defined already: few widths are needed at once."""
+    if f"FX_DEFINE_WGMMA_BOTH({block_n}," in primitives:
+        return ""
+    r = block_n // 2
+    text = ", ".join(f"%{i}" for i in range(r))
+    registers = ", ".join(f'"+f"(d[{i}])' for i in range(r))
+    return (
+        f'\n#define FX_TEXT_{r} "{text}"\n#define FX_REGS_{r} {registers}\n'
+        f"namespace flash_ext::sm90 {{\nFX_DEFINE_WGMMA_BOTH({block_n}, {r}, {', '.join(str(r + i) for i in range(6))})\n}}\n"
     )
 
 
@@ -121,6 +148,12 @@ def copy_checkout(target: Path, row: variants.Variant, tile: Tile | None) -> Non
             shutil.copy2(source, destination)
     with (target / "csrc" / "variants.py").open("a") as table:
         table.write(candidate_table(row, tile))
+    if tile is not None:
+        sm90 = target / "csrc" / "sm90"
+        with (sm90 / "fwd.cuh").open("a") as kernel:
+            kernel.write(candidate_tile(row, tile))
+        defined = (sm90 / "primitives.cuh").read_text()
+        (sm90 / "primitives.cuh").write_text(defined + missing_product(tile.block_n, defined))
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -146,7 +179,7 @@ def build(folder: Path, limit: float) -> str:
         except subprocess.TimeoutExpired:
             return f"{command[1]} took more than {limit:.0f} s"
         if done.returncode:
-            failed = re.findall(r"FAILED: ([^\d].*)", done.stdout)
+            failed = re.findall(r"FAILED: (\D.*)", done.stdout) if "resources" in command[1] else []
             return failed[0] if failed else _last_line(done.stdout + done.stderr)
     return ""
 

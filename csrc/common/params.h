@@ -19,8 +19,8 @@ struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 
-// A (batch, rows, heads, columns) tensor as TMA sees it. Expanded heads or batches (stride 0) have extent 1 in the map and
-// step 0: coordinates are index * step.
+// A (batch, rows, heads, columns) tensor as TMA sees it. Expanded heads or batches (stride 0) have extent 1 in the map
+// and step 0: coordinates are index * step.
 struct TmaTensor {
   TensorMap map;
   int head_step;

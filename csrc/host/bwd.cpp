@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional
                                   from(v),            from(out),          from(lse),     from(softmax_scale),
                                   from(causal),       from(window_left),  from(window_right), from(softcap),
                                   from(deterministic), from(reason)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("flash_ext::reference_bwd", "", stack.data(), TORCH_ABI_VERSION));
+  call_op("flash_ext::reference_bwd", stack.data());
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 

@@ -21,8 +21,7 @@ std::tuple<Tensor, Tensor> reference_fwd(const Tensor& q, const Tensor& k, const
   std::vector<StableIValue> stack{
       from(q),           from(k), from(v), from(problem.softmax_scale), from(problem.causal), from(problem.window_left),
       from(problem.window_right), from(problem.softcap), from(reason)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("flash_ext::reference_fwd", "", stack.data(), TORCH_ABI_VERSION));
+  call_op("flash_ext::reference_fwd", stack.data());
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 

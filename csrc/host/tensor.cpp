@@ -8,6 +8,9 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
+// torch >= 2.13: the message of the exception that the last failed call of the C interface swallowed.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace flash_ext {
 
 TensorLayout layout_of(const Tensor& tensor) {
@@ -80,6 +83,13 @@ Tensor with_aligned_rows(const Tensor& tensor) {
 Tensor new_float32(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes),
                                   torch::headeronly::ScalarType::Float);
+}
+
+void call_op(const char* name, StableIValue* stack) {
+  if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
+  fail(name, ": ",
+       torch_exception_get_what_without_backtrace != nullptr ? torch_exception_get_what_without_backtrace()
+                                                             : "failed; torch has printed why");
 }
 
 LaunchScope::LaunchScope(const Tensor& tensor) {

@@ -31,6 +31,10 @@ Tensor with_aligned_rows(const Tensor& tensor);
 
 Tensor new_float32(const Tensor& like, std::initializer_list<int64_t> sizes);
 
+// Calls an op of flash_ext through the dispatcher: arguments in, results out. Throws with the op's own message where torch
+// can tell it (2.13 and later).
+void call_op(const char* name, StableIValue* stack);
+
 // Makes the tensor's device current while it lives; holds the stream to launch on.
 class LaunchScope {
  public:

@@ -15,7 +15,9 @@ import flash_ext
 from flash_ext.arguments import BACKENDS
 
 
-def tensors(q: tuple = (2, 5, 4, 16), k: tuple = (2, 7, 2, 16), v: tuple | None = None, dtype: torch.dtype = torch.float32) -> tuple:
+def tensors(
+    q: tuple = (2, 5, 4, 16), k: tuple = (2, 7, 2, 16), v: tuple | None = None, dtype: torch.dtype = torch.float32
+) -> tuple:
     return tuple(torch.zeros(shape, dtype=dtype) for shape in (q, k, k if v is None else v))
 
 
@@ -48,41 +50,131 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
     "scale_bool": (tensors, {"softmax_scale": True}, TypeError, ["softmax_scale must be a number or None, got bool"]),
     "softcap_type": (tensors, {"softcap": None}, TypeError, ["softcap must be a number, got NoneType"]),
     "window_type": (tensors, {"window_size": 3}, TypeError, ["window_size must be a pair (left, right) of ints, got int"]),
-    "window_element": (tensors, {"window_size": (3, 1.5)}, TypeError, ["window_size must be a pair (left, right) of ints, got float"]),
+    "window_element": (
+        tensors,
+        {"window_size": (3, 1.5)},
+        TypeError,
+        ["window_size must be a pair (left, right) of ints, got float"],
+    ),
     "deterministic": (tensors, {"deterministic": 0}, TypeError, ["deterministic must be a bool or None, got int"]),
     "backend_type": (tensors, {"backend": 90}, TypeError, ["backend must be a str or None, got int"]),
     "two_types": (
-        lambda: replaced(1, 3), {"causal": None}, TypeError,
+        lambda: replaced(1, 3),
+        {"causal": None},
+        TypeError,
         ["k must be a torch.Tensor, got int", "causal must be a bool, got NoneType"],
     ),
     # tensors
-    "rank": (lambda: replaced(0, lambda t: t[0]), {}, ValueError, ["q must have 4 dimensions (batch, seqlen, num_heads, head_dim), got 3"]),
-    "rank_5": (lambda: replaced(2, lambda t: t[None]), {}, ValueError, ["v must have 4 dimensions (batch, seqlen, num_heads, head_dim), got 5"]),
-    "sparse": (lambda: sparse(1), {}, ValueError, ["k must be a dense (strided) tensor, got layout torch.sparse_coo"]),
-    "dtype": (lambda: tensors(dtype=torch.int32), {}, ValueError, ["q.dtype must be bfloat16, float16, float32 or float64, got torch.int32"]),
-    "complex": (lambda: tensors(dtype=torch.complex64), {}, ValueError, ["q.dtype must be bfloat16, float16, float32 or float64, got torch.complex64"]),
-    "mixed_dtypes": (
-        lambda: replaced(1, lambda t: t.bfloat16()), {}, ValueError, ["k.dtype must equal q.dtype, got torch.bfloat16 and torch.float32"],
+    "rank": (
+        lambda: replaced(0, lambda t: t[0]),
+        {},
+        ValueError,
+        ["q must have 4 dimensions (batch, seqlen, num_heads, head_dim), got 3"],
     ),
-    "mixed_devices": (lambda: replaced(2, lambda t: t.to("meta")), {}, ValueError, ["v.device must equal q.device, got meta and cpu"]),
-    "batch": (lambda: tensors(k=(3, 7, 2, 16)), {}, ValueError, ["k.batch must equal q.batch, got 3 and 2", "v.batch must equal q.batch, got 3 and 2"]),
+    "rank_5": (
+        lambda: replaced(2, lambda t: t[None]),
+        {},
+        ValueError,
+        ["v must have 4 dimensions (batch, seqlen, num_heads, head_dim), got 5"],
+    ),
+    "sparse": (lambda: sparse(1), {}, ValueError, ["k must be a dense (strided) tensor, got layout torch.sparse_coo"]),
+    "dtype": (
+        lambda: tensors(dtype=torch.int32),
+        {},
+        ValueError,
+        ["q.dtype must be bfloat16, float16, float32 or float64, got torch.int32"],
+    ),
+    "complex": (
+        lambda: tensors(dtype=torch.complex64),
+        {},
+        ValueError,
+        ["q.dtype must be bfloat16, float16, float32 or float64, got torch.complex64"],
+    ),
+    "mixed_dtypes": (
+        lambda: replaced(1, lambda t: t.bfloat16()),
+        {},
+        ValueError,
+        ["k.dtype must equal q.dtype, got torch.bfloat16 and torch.float32"],
+    ),
+    "mixed_devices": (
+        lambda: replaced(2, lambda t: t.to("meta")),
+        {},
+        ValueError,
+        ["v.device must equal q.device, got meta and cpu"],
+    ),
+    "batch": (
+        lambda: tensors(k=(3, 7, 2, 16)),
+        {},
+        ValueError,
+        ["k.batch must equal q.batch, got 3 and 2", "v.batch must equal q.batch, got 3 and 2"],
+    ),
     "seqlen_v": (lambda: tensors(v=(2, 8, 2, 16)), {}, ValueError, ["v.seqlen must equal k.seqlen, got 8 and 7"]),
     "heads_v": (lambda: tensors(v=(2, 7, 1, 16)), {}, ValueError, ["v.num_heads must equal k.num_heads, got 1 and 2"]),
-    "head_dim_k": (lambda: tensors(k=(2, 7, 2, 8), v=(2, 7, 2, 16)), {}, ValueError, ["k.head_dim must equal q.head_dim, got 8 and 16"]),
-    "heads_multiple": (lambda: tensors(k=(2, 7, 3, 16)), {}, ValueError, ["q.num_heads must be a multiple of k.num_heads, got 4 and 3"]),
-    "fewer_heads": (lambda: tensors(q=(2, 5, 1, 16)), {}, ValueError, ["q.num_heads must be a multiple of k.num_heads, got 1 and 2"]),
+    "head_dim_k": (
+        lambda: tensors(k=(2, 7, 2, 8), v=(2, 7, 2, 16)),
+        {},
+        ValueError,
+        ["k.head_dim must equal q.head_dim, got 8 and 16"],
+    ),
+    "heads_multiple": (
+        lambda: tensors(k=(2, 7, 3, 16)),
+        {},
+        ValueError,
+        ["q.num_heads must be a multiple of k.num_heads, got 4 and 3"],
+    ),
+    "fewer_heads": (
+        lambda: tensors(q=(2, 5, 1, 16)),
+        {},
+        ValueError,
+        ["q.num_heads must be a multiple of k.num_heads, got 1 and 2"],
+    ),
     "no_heads": (lambda: tensors(q=(2, 5, 0, 16)), {}, ValueError, ["q.num_heads must be at least 1, got 0"]),
-    "no_heads_kv": (lambda: tensors(k=(2, 7, 0, 16)), {}, ValueError, ["k.num_heads must be at least 1, got 0", "v.num_heads must be at least 1, got 0"]),
-    "head_dim": (lambda: tensors((2, 5, 4, 257), (2, 7, 2, 257), (2, 7, 2, 16)), {}, ValueError, ["q.head_dim must lie in [1, 256], got 257"]),
+    "no_heads_kv": (
+        lambda: tensors(k=(2, 7, 0, 16)),
+        {},
+        ValueError,
+        ["k.num_heads must be at least 1, got 0", "v.num_heads must be at least 1, got 0"],
+    ),
+    "head_dim": (
+        lambda: tensors((2, 5, 4, 257), (2, 7, 2, 257), (2, 7, 2, 16)),
+        {},
+        ValueError,
+        ["q.head_dim must lie in [1, 256], got 257"],
+    ),
     "head_dim_v": (lambda: tensors(v=(2, 7, 2, 300)), {}, ValueError, ["v.head_dim must lie in [1, 256], got 300"]),
-    "head_dim_0": (lambda: tensors((2, 5, 4, 0), (2, 7, 2, 0), (2, 7, 2, 16)), {}, ValueError, ["q.head_dim must lie in [1, 256], got 0"]),
-    "last_stride_q": (lambda: with_last_stride(0), {}, ValueError, ["q's last dimension must be contiguous (stride 1), got stride 2"]),
-    "last_stride_v": (lambda: with_last_stride(2), {}, ValueError, ["v's last dimension must be contiguous (stride 1), got stride 2"]),
+    "head_dim_0": (
+        lambda: tensors((2, 5, 4, 0), (2, 7, 2, 0), (2, 7, 2, 16)),
+        {},
+        ValueError,
+        ["q.head_dim must lie in [1, 256], got 0"],
+    ),
+    "last_stride_q": (
+        lambda: with_last_stride(0),
+        {},
+        ValueError,
+        ["q's last dimension must be contiguous (stride 1), got stride 2"],
+    ),
+    "last_stride_v": (
+        lambda: with_last_stride(2),
+        {},
+        ValueError,
+        ["v's last dimension must be contiguous (stride 1), got stride 2"],
+    ),
     # options
     "scale_nan": (tensors, {"softmax_scale": float("nan")}, ValueError, ["softmax_scale must be finite, got nan"]),
     "scale_inf": (tensors, {"softmax_scale": float("-inf")}, ValueError, ["softmax_scale must be finite, got -inf"]),
-    "window_below": (tensors, {"window_size": (-2, 0)}, ValueError, ["window_size left must be -1 (unbounded) or at least 0, got -2"]),
-    "window_right": (tensors, {"window_size": (4, -7)}, ValueError, ["window_size right must be -1 (unbounded) or at least 0, got -7"]),
+    "window_below": (
+        tensors,
+        {"window_size": (-2, 0)},
+        ValueError,
+        ["window_size left must be -1 (unbounded) or at least 0, got -2"],
+    ),
+    "window_right": (
+        tensors,
+        {"window_size": (4, -7)},
+        ValueError,
+        ["window_size right must be -1 (unbounded) or at least 0, got -7"],
+    ),
     "window_triple": (tensors, {"window_size": (1, 2, 3)}, ValueError, ["window_size must be a pair (left, right), got 3 values"]),
     "softcap_negative": (tensors, {"softcap": -1.0}, ValueError, ["softcap must be finite and at least 0 (0: off), got -1.0"]),
     "softcap_inf": (tensors, {"softcap": float("inf")}, ValueError, ["softcap must be finite and at least 0 (0: off), got inf"]),
@@ -91,15 +183,21 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
     # several at once
     "many": (
         lambda: tensors(q=(2, 5, 4, 16), k=(1, 7, 3, 8), v=(1, 9, 3, 16)),
-        {"softcap": -2, "window_size": (-5, 1), "softmax_scale": float("inf"), "backend": "cuda"}, ValueError,
+        {"softcap": -2, "window_size": (-5, 1), "softmax_scale": float("inf"), "backend": "cuda"},
+        ValueError,
         [
-            "k.batch must equal q.batch, got 1 and 2", "v.batch must equal q.batch, got 1 and 2", "v.seqlen must equal k.seqlen, got 9 and 7",
-            "k.head_dim must equal q.head_dim, got 8 and 16", "q.num_heads must be a multiple of k.num_heads, got 4 and 3",
-            "softmax_scale must be finite, got inf", "window_size left must be -1 (unbounded) or at least 0, got -5",
-            "softcap must be finite and at least 0 (0: off), got -2", "backend must be one of sm90, sm80, reference or None, got 'cuda'",
+            "k.batch must equal q.batch, got 1 and 2",
+            "v.batch must equal q.batch, got 1 and 2",
+            "v.seqlen must equal k.seqlen, got 9 and 7",
+            "k.head_dim must equal q.head_dim, got 8 and 16",
+            "q.num_heads must be a multiple of k.num_heads, got 4 and 3",
+            "softmax_scale must be finite, got inf",
+            "window_size left must be -1 (unbounded) or at least 0, got -5",
+            "softcap must be finite and at least 0 (0: off), got -2",
+            "backend must be one of sm90, sm80, reference or None, got 'cuda'",
         ],
     ),
-}  # fmt: skip
+}
 MIXED_DEVICES = "mixed_devices"
 
 
@@ -147,7 +245,9 @@ def test_meta_tensors(name: str) -> None:
     make, options, exception, rules = BAD[name]
 
     def on_meta() -> tuple:
-        strided = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t for t in make())
+        strided = (
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t for t in make()
+        )
         return tuple(strided)
 
     expect(lambda: flash_ext.attention(*on_meta(), **options), exception, rules)
@@ -173,7 +273,7 @@ def test_compiled_as_one_graph(name: str) -> None:
     make, options, _, rules = BAD[name]
     torch.compiler.reset()
     compiled = torch.compile(lambda *qkv: flash_ext.attention(*qkv, **options), backend="eager", fullgraph=True)
-    with pytest.raises(Exception) as info:  # noqa: B017
+    with pytest.raises(Exception) as info:
         compiled(*make())
     text = str(info.value).replace("\\'", "'")
     assert all(rule in text for rule in rules), text
@@ -217,7 +317,12 @@ def test_any_strides_but_the_last_are_allowed() -> None:
     q, k, v = tensors()
     shuffled = torch.zeros(16, 4, 5, 2, 16)[0].permute(2, 1, 0, 3)
     assert flash_ext.attention(shuffled, k, v).shape == q.shape
-    assert flash_ext.attention(torch.zeros(2, 5, 4, 16)[..., 3:4], k[..., 3:4], v[..., 3:4]).shape == (2, 5, 4, 1)  # one column: stride is moot
+    assert flash_ext.attention(torch.zeros(2, 5, 4, 16)[..., 3:4], k[..., 3:4], v[..., 3:4]).shape == (
+        2,
+        5,
+        4,
+        1,
+    )  # one column: stride is moot
 
 
 # --- symbolic sizes ---
@@ -228,7 +333,11 @@ def test_dynamic_sizes_are_checked() -> None:
     compiled = torch.compile(flash_ext.attention, backend="eager", dynamic=True)
     for seqlen in (5, 6, 9):
         assert compiled(*tensors((2, seqlen, 4, 16))).shape == (2, seqlen, 4, 16)
-    expect(lambda: compiled(*tensors((2, 5, 4, 16), (2, 8, 3, 16))), ValueError, ["q.num_heads must be a multiple of k.num_heads, got 4 and 3"])
+    expect(
+        lambda: compiled(*tensors((2, 5, 4, 16), (2, 8, 3, 16))),
+        ValueError,
+        ["q.num_heads must be a multiple of k.num_heads, got 4 and 3"],
+    )
 
 
 def test_a_marked_sequence_stays_dynamic() -> None:

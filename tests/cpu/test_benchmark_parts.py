@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import lzma
 import re
 import sys
 from dataclasses import replace
@@ -482,6 +484,81 @@ def test_flash_attention_3_is_called_by_its_schema(case: Case) -> None:
         fa3.bind(replace(case, direction="bwd"), "cpu")
 
 
+class _CudnnTensor:
+    """A tensor of cudnn-frontend's graph: what is said of it."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = said
+
+    def __getattr__(self, name: str) -> Any:
+        def setter(value: Any) -> _CudnnTensor:
+            self.said[name.removeprefix("set_")] = value
+            return self
+
+        return setter
+
+
+class _CudnnGraph:
+    """Its graph, whose execution computes the definition from the addresses it is given."""
+
+    def __init__(self, *, io_data_type: str, intermediate_data_type: str, compute_data_type: str, handle: int) -> None:
+        assert (io_data_type, compute_data_type, handle) == ("e4m3", "float", 7)
+
+    def tensor(self, *, dim: list[int], stride: list[int], data_type: str) -> _CudnnTensor:
+        return _CudnnTensor(dim=dim, stride=stride, data_type=data_type)
+
+    def sdpa_fp8(
+        self, *, is_inference: bool, attn_scale: float, use_causal_mask: bool, **tensors: _CudnnTensor
+    ) -> list[_CudnnTensor]:
+        assert is_inference
+        self.inputs, self.options = tensors, {"softmax_scale": attn_scale, "causal": use_causal_mask}
+        self.outputs = [_CudnnTensor() for _ in range(4)]
+        return self.outputs
+
+    def build(self, modes: list[str]) -> None:
+        assert modes == ["A", "FALLBACK"] and all(self.outputs[i].said["output"] for i in (0, 2, 3))
+
+    def get_workspace_size(self) -> int:
+        return 0
+
+    def execute(self, addresses: dict[_CudnnTensor, int], workspace: int, *, handle: int) -> None:
+        def at(tensor: _CudnnTensor) -> torch.Tensor:
+            dtype = {"e4m3": torch.float8_e4m3fn, "float": torch.float32}[tensor.said["data_type"]]
+            dim, stride = tensor.said["dim"], tensor.said["stride"]
+            count = 1 + sum((d - 1) * s for d, s in zip(dim, stride, strict=True))
+            memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(addresses[tensor])
+            return torch.frombuffer(memory, dtype=dtype).as_strided(dim, stride)
+
+        value = {name: at(tensor) for name, tensor in self.inputs.items()}
+        assert value["scale_s"].item() * value["descale_s"].item() == 1.0
+        q, k, v = (value[name].float().transpose(1, 2) * value[f"descale_{name}"].item() for name in "qkv")
+        out = dense_attention(q, k, v, **self.options)[0].transpose(1, 2)
+        at(self.outputs[0]).copy_((out * value["scale_o"].item()).to(torch.float8_e4m3fn))
+
+
+def test_cudnns_fp8_is_called_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = SimpleNamespace(
+        create_handle=lambda: 7,
+        data_type=SimpleNamespace(FP8_E4M3="e4m3", FLOAT="float"),
+        heur_mode=SimpleNamespace(A="A", FALLBACK="FALLBACK"),
+        pygraph=_CudnnGraph,
+        __spec__=object(),
+    )
+    peer = registry.implementations()["cudnn"]
+    case = Case("x", 2, 40, 40, 4, 2, 32, 16, causal=True, dtype="fp8")
+    with pytest.raises(registry.NotCovered, match="pip install nvidia-cudnn-frontend"):
+        peer.bind(case, "cpu")
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    assert passes(peer, case) == [] and passes(peer, replace(case, causal=False)) == []
+    for other, words in (
+        (replace(case, direction="bwd"), "backward"),
+        (replace(case, prefix=4), "prefix"),
+        (replace(case, head_dim=24), "16"),
+    ):
+        with pytest.raises(registry.NotCovered, match=words):
+            peer.bind(other, "cpu")
+
+
 def test_where_flash_attention_3_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.FA3_VARIABLE, raising=False)
     fa3 = registry.FlashAttention3()
@@ -495,6 +572,13 @@ def test_where_flash_attention_3_is_looked_for(tmp_path: Path, monkeypatch: pyte
     assert "GPU" in fa3.absent("cpu") and "cannot be loaded" in fa3.absent("cuda")
     monkeypatch.setenv(registry.FA3_VARIABLE, str(tmp_path / "gone.so"))
     assert "not a file" in fa3.absent("cuda")
+    # Packed: unpacked beside the build, once.
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "benchmarks" / "registry.py"))
+    (tmp_path / "small.so.xz").write_bytes(lzma.compress(b"library"))
+    monkeypatch.setenv(registry.FA3_VARIABLE, str(tmp_path / "small.so.xz"))
+    assert fa3.library() == tmp_path / "build/small.so" and fa3.library().read_bytes() == b"library"
+    written = fa3.library().stat().st_mtime_ns
+    assert fa3.library().stat().st_mtime_ns == written
 
 
 def test_packed_sequences_through_torchs_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +606,6 @@ def test_peers_say_what_they_do_not_cover() -> None:
     decode, fp8 = Case("x", 1, 1, 48, 1, 1, 16, 16, causal=True), Case("x", 1, 8, 8, 1, 1, 16, 16, dtype="fp8")
     for name, case, words in (
         ("math", decode, "top left"),
-        ("cudnn", fp8, "fp8"),
         ("fa2", MASKS[5], "prefix"),
         ("reference", fp8, "fp8"),
         ("flash_ext", fp8, "fp8"),

@@ -138,6 +138,7 @@ def _one_wrong_element(out: torch.Tensor) -> torch.Tensor:
         (lambda out: _raise(RuntimeError("boom\nmore")), "failed", "RuntimeError: boom"),
         (lambda out: _raise(torch.OutOfMemoryError("much text")), "failed", "out of memory"),
         (lambda out: _raise(RuntimeError("No available kernel. Aborting execution.")), "not covered", "no kernel"),
+        (lambda out: _raise(RuntimeError('call("flash_ext::reference_bwd") failed at bwd.cpp')), "not covered", "falls back"),
     ],
 )
 @pytest.mark.parametrize("peer", [True, False])
@@ -177,6 +178,21 @@ def test_a_lost_gpu_ends_the_run_but_keeps_what_was_measured(tmp_path: Path, mon
     monkeypatch.setattr(run, "implementations", lambda: {"planted": _Planted("planted", True, breaks)})
     found = measured(tmp_path, "--impl", "planted", "--pass", "fwd", "--seconds", "0.001", status=1)
     assert len(found["cases"]) == 1 and len(found["left_out"]) == 2
+
+
+def test_a_refused_launch_does_not_end_the_run(tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """'CUDA error' from a GPU that still answers is that implementation's failure alone."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    refused = _Planted("planted", True, lambda out: _raise(RuntimeError("CUDA error: invalid configuration argument")))
+    monkeypatch.setattr(run, "implementations", lambda: {"planted": refused, "math": registry.implementations()["math"]})
+    outcomes = measured(tmp_path, "--impl", "planted,math", "--pass", "fwd")["cases"][0]["implementations"]
+    assert (outcomes["planted"]["status"], outcomes["math"]["status"]) == ("failed", "timed")
+
+
+def test_what_fails_only_while_it_is_timed(tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "time_interleaved", lambda *_, **__: _raise(torch.OutOfMemoryError("much text")))
+    outcome = measured(tmp_path, "--impl", "math", "--pass", "fwd")["cases"][0]["implementations"]["math"]
+    assert outcome == {"status": "failed", "reason": "out of memory"}
 
 
 def test_budget_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -264,6 +280,15 @@ class _Meter:
         return 0x4 | 0x1
 
 
+class _Blind(_Meter):
+    """A GPU that tells neither energy nor power nor clocks."""
+
+    def _unavailable(self) -> Any:
+        raise nvml.Unavailable("NVML: not supported")
+
+    energy_mj = power_w = sm_clock_mhz = throttle_bits = _unavailable
+
+
 def test_energy_and_conditions(tmp_path: Path, tiny: None, capsys, monkeypatch) -> None:
     monkeypatch.setattr(run.energy, "idle_watts", lambda *_: 0.0)
     monkeypatch.setattr(run, "Session", lambda *a, **k: runner.Session(*a, **k, region_s=0.01))
@@ -277,8 +302,11 @@ def test_energy_and_conditions(tmp_path: Path, tiny: None, capsys, monkeypatch) 
     assert "1500 MHz, 300 W, throttled: power cap" in text and "pJ/FLOP" in text and "power limit 700 W" in text
 
 
-def test_energy_without_a_meter_is_said_and_is_no_failure(tmp_path: Path, tiny: None, capsys) -> None:
-    found = measured(tmp_path, "--impl", "math", "--pass", "fwd", "--energy")
+@pytest.mark.parametrize("provider", [None, _Blind()])
+def test_energy_without_a_meter_is_said_and_is_no_failure(provider: Any, tmp_path: Path, tiny: None, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(run.energy, "REGION_S", 0.01)
+    monkeypatch.setattr(run.energy.time, "sleep", lambda seconds: None)
+    found = measured(tmp_path, "--impl", "math", "--pass", "fwd", "--energy", provider=provider)
     assert (
         any("energy was not measured" in note for note in found["notes"]) and "energy was not measured" in capsys.readouterr().out
     )

@@ -30,7 +30,14 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
 
 def clean_environment(**changes: str) -> dict[str, str]:
     """This process's, without what would lead a build or an import elsewhere."""
-    dropped = {"PYTHONPATH", "FLASH_EXT_VARIANTS", "FLASH_EXT_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "FLASH_EXT_STRICT", "FLASH_EXT_EMULATE"}
+    dropped = {
+        "PYTHONPATH",
+        "FLASH_EXT_VARIANTS",
+        "FLASH_EXT_BUILD_CUDA",
+        "TORCH_CUDA_ARCH_LIST",
+        "FLASH_EXT_STRICT",
+        "FLASH_EXT_EMULATE",
+    }
     return {**{k: v for k, v in os.environ.items() if k not in dropped}, **changes}
 
 
@@ -105,7 +112,8 @@ out, lse = flash_ext.attention(q, q, q, causal=True, return_lse=True)
 (out.sum() + lse.sum()).backward()
 half = torch.empty(2, 500, 8, 128, dtype=torch.bfloat16, device="meta")
 print(json.dumps({
-    "errors": [error(softcap=-1.0, causal=True), error(backend="sm90"), error(backend="sm80"), error(heads=True), error(window_size=3)],
+    "errors": [error(softcap=-1.0, causal=True), error(backend="sm90"),
+        error(backend="sm80"), error(heads=True), error(window_size=3)],
     "explain": str(flash_ext.explain(q, q, q)),
     "supported": flash_ext.supported(q, q, q),
     "imagined": {d: str(flash_ext.explain(half, half, half, causal=True, device_info=d)) for d in ("sm80", "sm90", "sm120")},
@@ -176,7 +184,8 @@ def test_install_without_nvcc(sdist_tree: Path, tmp_path: Path, installed: dict)
         env["FLASH_EXT_BUILD_CUDA"] = "0"  # compiler wheels lie in this very environment
     target = tmp_path / "site"
     log = run(
-        sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", target, sdist_tree,
+        sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index",
+        "--target", target, sdist_tree,
         cwd=tmp_path, env=env,
     )  # fmt: skip
     if "FLASH_EXT_BUILD_CUDA" not in env:
@@ -187,7 +196,10 @@ def test_install_without_nvcc(sdist_tree: Path, tmp_path: Path, installed: dict)
     assert answers["library_error"].startswith("flash_ext was installed without an nvcc")
     same(answers, installed, *PORTABLE)
     for name in ("sm80", "sm90", "sm120"):
-        assert answers["imagined"][name].startswith("backend    reference") and "this build has no forward kernel" in answers["imagined"][name]
+        assert (
+            answers["imagined"][name].startswith("backend    reference")
+            and "this build has no forward kernel" in answers["imagined"][name]
+        )
     assert "nvcc" in doctor(target)
 
 
@@ -218,7 +230,11 @@ def test_build_and_rebuild(sdist_tree: Path, toolchain: ModuleType) -> None:
     answers = probe(sdist_tree)
     assert answers["file"].startswith(str(sdist_tree)) and answers["library_error"] is None
     names = run(
-        sys.executable, "-c", "from flash_ext import _host; print(*[v['name'] for v in _host.variants()])", cwd=sdist_tree, env=clean_environment()
+        sys.executable,
+        "-c",
+        "from flash_ext import _host; print(*[v['name'] for v in _host.variants()])",
+        cwd=sdist_tree,
+        env=clean_environment(),
     )
     assert names.split() == ROWS.split(",")
     architectures = elf_architectures(sdist_tree / "flash_ext/_C.abi3.so", toolchain)
@@ -243,9 +259,17 @@ def test_a_compiler_of_another_major_is_refused(sdist_tree: Path, toolchain: Mod
     """torch.version.cuda is what torch was built for; pretend that it is another."""
     if toolchain.find_cuda() is None:
         pytest.skip("no nvcc here")
-    code = "import sys, runpy, torch; torch.version.cuda = '11.8'; sys.argv = ['setup.py', 'build_ext', '-b', sys.argv[1], '-t', sys.argv[1]]; runpy.run_path('setup.py', run_name='__main__')"
+    code = (
+        "import sys, runpy, torch; torch.version.cuda = '11.8'; folder = sys.argv[1]; "
+        "sys.argv = ['setup.py', 'build_ext', '-b', folder, '-t', folder]; runpy.run_path('setup.py', run_name='__main__')"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=sdist_tree, env=clean_environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=sdist_tree,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode != 0
     assert "but torch was built for CUDA 11.8: the majors must be equal" in result.stderr
@@ -261,12 +285,12 @@ def test_a_compiler_of_another_major_is_refused(sdist_tree: Path, toolchain: Mod
         ("CUDA_HOME", "/nowhere", "CUDA_HOME=/nowhere holds no bin/nvcc"),
     ],
 )
-def test_a_wrong_setting_stops_the_build_with_one_sentence(sdist_tree: Path, tmp_path: Path, variable: str, value: str, words: str) -> None:
+def test_a_wrong_setting_stops_the_build_with_one_sentence(
+    sdist_tree: Path, tmp_path: Path, variable: str, value: str, words: str
+) -> None:
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)], cwd=sdist_tree,
         env=clean_environment(**{variable: value}), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode != 0 and words in result.stderr
     assert "Traceback" not in result.stderr, result.stderr[-2000:]
-
-

@@ -22,7 +22,12 @@ def test_the_check_sees_an_error() -> None:
     made = checks.build(checks.CASES["rows_129"], "cpu", torch.float32)
     delta, lse_log2 = torch.ops.flash_ext.bwd_preprocess(*made)
     checks.compare(delta, lse_log2, *made)
-    for wrong in ((delta + 1e-3, lse_log2), (delta.roll(1, 2), lse_log2), (delta, lse_log2 * math.log(2)), (delta, lse_log2.nan_to_num())):
+    for wrong in (
+        (delta + 1e-3, lse_log2),
+        (delta.roll(1, 2), lse_log2),
+        (delta, lse_log2 * math.log(2)),
+        (delta, lse_log2.nan_to_num()),
+    ):
         with pytest.raises(AssertionError):
             checks.compare(*wrong, *made)
 

@@ -30,7 +30,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def call(seqlen_q: int = 1000, seqlen_k: int = 1000, heads: int = 8, heads_kv: int = 8, head_dim: int = 128, dtype=torch.bfloat16) -> tuple:
+def call(
+    seqlen_q: int = 1000, seqlen_k: int = 1000, heads: int = 8, heads_kv: int = 8, head_dim: int = 128, dtype=torch.bfloat16
+) -> tuple:
     k = meta(2, seqlen_k, heads_kv, head_dim, dtype=dtype)
     return meta(2, seqlen_q, heads, head_dim, dtype=dtype), k, k
 
@@ -63,12 +65,14 @@ def test_a_device_in_full() -> None:
     assert host.device_info("cpu") == (0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ("", "sm75", "sm91", "sm90:", "sm90:0", "sm90:-4", "sm90:x", "sm90:132:1:1", "cpu:3", "SM90", "sm90 ", "h100"))
+@pytest.mark.parametrize(
+    "name", ("", "sm75", "sm91", "sm90:", "sm90:0", "sm90:-4", "sm90:x", "sm90:132:1:1", "cpu:3", "SM90", "sm90 ", "h100")
+)
 def test_unknown_devices(name: str) -> None:
     with pytest.raises(ValueError, match="device_info must be one of") as info:
         host.device_info(name)
     assert f"got '{name}'" in str(info.value)
-    with pytest.raises(ValueError, match="device_info must be one of sm80|device_info must be one of cpu, sm80"):
+    with pytest.raises(ValueError, match=r"device_info must be one of (cpu, )?sm80"):
         flash_ext.explain(*call(), device_info=name)
 
 
@@ -256,7 +260,14 @@ def test_explain_an_imagined_h200() -> None:
     assert (e.num_splits, e.workspace_bytes, e.copies) == (1, 0, ())
     assert set(e.rejected) == {"sm80", "reference"} and all(e.rejected.values())
     text = str(e)
-    for word in ("backend    sm90", "variant    fwd_sm90_bf16_d128_causal", "128 x 128", "128 x 1 x 1", "not sm80:", "not reference:"):
+    for word in (
+        "backend    sm90",
+        "variant    fwd_sm90_bf16_d128_causal",
+        "128 x 128",
+        "128 x 1 x 1",
+        "not sm80:",
+        "not reference:",
+    ):
         assert word in text
     assert flash_ext.explain(*call(heads_kv=2), causal=True, device_info="sm90:78").grid == (78, 1, 1)
 
@@ -310,7 +321,10 @@ def test_supported() -> None:
 
 
 def test_explain_refuses_a_backend_that_cannot_run() -> None:
-    for device, reason in (("sm86", "sm90: needs compute capability 9.0, this GPU has 8.6"), (None, "sm90: the tensors are not on a CUDA device")):
+    for device, reason in (
+        ("sm86", "sm90: needs compute capability 9.0, this GPU has 8.6"),
+        (None, "sm90: the tensors are not on a CUDA device"),
+    ):
         with pytest.raises(ValueError, match="backend 'sm90' cannot run this call") as info:
             flash_ext.explain(*call(), backend="sm90", device_info=device)
         assert reason in str(info.value) and "sm80: " in str(info.value)

@@ -107,4 +107,6 @@ def test_causal_is_a_window(seqlen_q: int, seqlen_k: int, left: int, right: int)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 4, generator=generator, dtype=torch.float64) for n in (seqlen_q, seqlen_k, seqlen_k))
     causal = flash_ext.attention(q, k, v, causal=True, window_size=(left, right), return_lse=True)
-    assert all(torch.equal(a, b) for a, b in zip(causal, flash_ext.attention(q, k, v, window_size=(left, 0), return_lse=True), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(causal, flash_ext.attention(q, k, v, window_size=(left, 0), return_lse=True), strict=True)
+    )

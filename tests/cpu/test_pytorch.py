@@ -373,7 +373,12 @@ def test_deterministic_follows_torch() -> None:
 
 
 def test_concurrent_calls() -> None:
-    names = ("gqa_113x203_d128_b2h6kv2_causal", "decode_1x513_d64", "long_query_203x113_d64_causal", "softcap_65x80_d64_causal_cap1.5")
+    names = (
+        "gqa_113x203_d128_b2h6kv2_causal",
+        "decode_1x513_d64",
+        "long_query_203x113_d64_causal",
+        "softcap_65x80_d64_causal_cap1.5",
+    )
     failures = []
 
     def work(name: str) -> None:

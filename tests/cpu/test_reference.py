@@ -227,15 +227,13 @@ def _best_seconds(clock: Callable[[], float], threads: int, rounds: int) -> list
 
 @pytest.mark.slow
 def test_speed_is_within_twice_torch() -> None:
-    """On two cores. Where other processes hold them, waiting threads count for more than work, and the CPU time of one
-    thread is the judge."""
-    mine, torchs = _best_seconds(time.perf_counter, 2, 5)
-    if mine <= 2 * torchs:
-        return
-    cpu_mine, cpu_torchs = _best_seconds(time.thread_time, 1, 3)
-    wall_mine, _ = _best_seconds(time.perf_counter, 1, 3)
-    busy = wall_mine > 1.25 * cpu_mine
-    assert busy and cpu_mine <= 2 * cpu_torchs, (
-        f"two threads: {mine:.3f} s, torch's scaled_dot_product_attention {torchs:.3f} s; CPU time of one thread: {cpu_mine:.3f} s "
-        f"and {cpu_torchs:.3f} s"
+    """On two cores. Where other processes hold them, threads that wait for each other count for more than the work they
+    do, and the CPU time of one thread is the judge."""
+    wall, _ = _best_seconds(time.perf_counter, 1, 1)
+    mine, torchs = _best_seconds(time.thread_time, 1, 3)
+    busy = wall > 1.25 * mine
+    if not busy:
+        mine, torchs = _best_seconds(time.perf_counter, 2, 8)
+    assert mine <= 2 * torchs, (
+        f"{mine:.3f} s, torch's scaled_dot_product_attention {torchs:.3f} s ({'busy' if busy else 'idle'} machine)"
     )

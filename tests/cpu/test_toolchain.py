@@ -27,8 +27,10 @@ def test_the_default_and_its_spellings(toolchain: ModuleType, text: str | None) 
 @pytest.mark.parametrize(
     ("text", "sm80", "sm90"),
     [
-        ("9.0a", (), True), ("Hopper", (), True), ("8.6", ("86",), False), ("8.6 8.9", ("86", "89"), False), ("Ampere", ("80", "86"), False),
-        ("Ampere+PTX;Ada", ("80", "86", "89"), False), ("10.0;12.0", ("100", "120"), False), ("Blackwell;Hopper", ("100", "120"), True),
+        ("9.0a", (), True), ("Hopper", (), True), ("8.6", ("86",), False), ("8.6 8.9", ("86", "89"), False),
+        ("Ampere", ("80", "86"), False),
+        ("Ampere+PTX;Ada", ("80", "86", "89"), False), ("10.0;12.0", ("100", "120"), False),
+        ("Blackwell;Hopper", ("100", "120"), True),
         ("12.0a", ("120",), False), ("10.0f", ("100",), False),
     ],
 )  # fmt: skip
@@ -66,9 +68,8 @@ def fake_toolkit(home: Path, version: str = "13.0", runtime: str | None = "lib64
         (home / runtime).mkdir()
         (home / runtime / f"libcudart.so.{version.split('.')[0]}").touch()
     nvcc = home / "bin" / "nvcc"
-    nvcc.write_text(
-        f'#!/bin/sh\nif [ "$1" = --version ]; then echo "Cuda compilation tools, release {version}, V{version}.88"; else echo "#\\$ TOP={home}" >&2; fi\n'
-    )
+    release = f"Cuda compilation tools, release {version}, V{version}.88"
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "{release}"; else echo "#\\$ TOP={home}" >&2; fi\n')
     nvcc.chmod(0o755)
     return nvcc
 
@@ -145,7 +146,9 @@ def test_cuda_majors_must_be_equal(toolchain: ModuleType) -> None:
 def test_cutlass_from_third_party_or_the_wheel(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(toolchain, "ROOT", tmp_path)
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(toolchain.ToolchainError, match=r"pip install --no-deps nvidia-cutlass==4\.2\.0\.0, or put a checkout in third_party"):
+    with pytest.raises(
+        toolchain.ToolchainError, match=r"pip install --no-deps nvidia-cutlass==4\.2\.0\.0, or put a checkout in third_party"
+    ):
         toolchain.find_cutlass()
     include = tmp_path / "third_party" / "cutlass" / "include"
     (include / "cutlass").mkdir(parents=True)
@@ -160,7 +163,9 @@ def test_cutlass_from_third_party_or_the_wheel(toolchain: ModuleType, monkeypatc
     ("max_jobs", "free_gib", "expected"),
     [("8", 64, 8), ("8", 6, 4), ("8", 0.2, 1), ("1", 64, 1), (None, 1000, len(os.sched_getaffinity(0))), (None, 1.6, 1)],
 )
-def test_parallel_jobs(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, max_jobs: str | None, free_gib: float, expected: int) -> None:
+def test_parallel_jobs(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, max_jobs: str | None, free_gib: float, expected: int
+) -> None:
     monkeypatch.setattr(toolchain, "free_memory_bytes", lambda: int(free_gib * 2**30))
     monkeypatch.delenv("MAX_JOBS", raising=False)
     if max_jobs:
@@ -237,6 +242,12 @@ def test_nothing_selected_is_a_build_without_kernels(variants_module: ModuleType
 def test_the_table_from_the_command_line(variants_module: ModuleType, root: Path) -> None:
     env = {**os.environ, "FLASH_EXT_VARIANTS": "*_sm80_bf16_*"}
     result = subprocess.run(
-        [sys.executable, "-I", "csrc/variants.py", "--list"], cwd=root, env=env, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-I", "csrc/variants.py", "--list"],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert result.stdout.split() == names(variants_module.select(pattern="*_sm80_bf16_*"))

@@ -33,7 +33,7 @@ def test_the_present_tiles_are_among_the_candidates_and_all_fit() -> None:
 
 def test_tiles_are_read_as_they_are_written() -> None:
     tile = tune.Tile(128, 176, 2, 1)
-    assert tune.parse_tile(str(tile)) == tile and tile.cxx == "flash_ext::sm90::Tile<128, 176, 2, 1>"
+    assert tune.parse_tile(str(tile)) == tile
 
 
 def test_a_copy_has_the_candidate_in_the_place_of_the_row(tmp_path: Path) -> None:
@@ -47,9 +47,23 @@ def test_a_copy_has_the_candidate_in_the_place_of_the_row(tmp_path: Path) -> Non
     assert (row.name, row.block_m, row.block_n) == (ROW.name, 128, 144)
     written = copied.generate(tmp_path / "generated", copied.select())
     text = written[row.unit][1].read_text()
-    config = ROW.config.removesuffix(">") + ", flash_ext::sm90::Tile<128, 144, 2, 1>>"
-    assert f"flash_ext::{config};" in text and "kBlockN == 144" in text and text.count("__global__") == 1
+    assert "sm90::FwdConfig<__nv_bfloat16, 128, flash_ext::sm90::CandidateMask>;" in text
+    assert "kBlockN == 144" in text and text.count("__global__") == 1
+    added = (tmp_path / "csrc/sm90/fwd.cuh").read_text().removeprefix((ROOT / "csrc/sm90/fwd.cuh").read_text())
+    assert "struct CandidateMask : flash_ext::CausalMask {};" in added and "struct FwdTile<128, CandidateMask> {" in added
+    assert "kBlockM = 128, kBlockN = 144, kStages = 2, kStagesQ = 1;" in added
     del sys.modules["copied_variants"]
+
+
+def test_a_width_that_no_row_uses_is_defined_in_the_copy(tmp_path: Path) -> None:
+    """As the defined ones are: N / 2 accumulators, and the six numbers after them."""
+    tune.copy_checkout(tmp_path, ROW, tune.Tile(128, 240, 2, 1))
+    tune.copy_checkout(tmp_path / "defined", ROW, tune.Tile(128, 128, 2, 1))
+    ours = (ROOT / "csrc/sm90/primitives.cuh").read_text()
+    assert (tmp_path / "defined/csrc/sm90/primitives.cuh").read_text() == ours
+    added = (tmp_path / "csrc/sm90/primitives.cuh").read_text().removeprefix(ours)
+    assert "FX_DEFINE_WGMMA_BOTH(240, 120, 120, 121, 122, 123, 124, 125)" in added
+    assert added.count("%") == 120 and '"+f"(d[119])' in added and "d[120]" not in added
 
 
 def test_the_present_row_is_built_as_it_is(tmp_path: Path) -> None:

@@ -50,9 +50,7 @@ class BuildError(RuntimeError):
 
 
 def run(command: list[str | Path], timeout: float = 900) -> str:
-    process = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=timeout
-    )
+    process = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=timeout)
     if process.returncode:
         raise BuildError(f"{' '.join(map(str, command))}\n{process.stdout}{process.stderr}")
     return process.stdout
@@ -213,8 +211,16 @@ def compile_extension(
     """
     library = build_library(out)
     compute = "compute_" + arch.removeprefix("sm_")
-    command = ["-std=c++20", "-O3", "-lineinfo", "--no-compress", f"-gencode=arch={compute},code={compute}",
-               "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", *flags]
+    command = [
+        "-std=c++20",
+        "-O3",
+        "-lineinfo",
+        "--no-compress",
+        f"-gencode=arch={compute},code={compute}",
+        "-Xcompiler=-fPIC",
+        "--expt-relaxed-constexpr",
+        *flags,
+    ]
     key = digest([nvcc_identity(), *command], [*headers(source, ()), *depends])
     target_object = out / "obj" / f"{source.stem}-{arch}-{key}.o"
     with locked(out, target_object.name):
@@ -281,7 +287,7 @@ def copy_if_changed(source: Path, target: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is built")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "emulator", help="folder for everything that is built")
     parser.add_argument("--jobs", type=int, default=0, help="parallel compilers (default: all cores)")
     parser.add_argument("--extension", action="store_true", help="link flash_ext/_C_emulated too, for this checkout")
     parser.add_argument("--kernels", action="store_true", help="compile the unit kernels to PTX too")

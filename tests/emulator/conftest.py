@@ -19,8 +19,9 @@ MODES = {
 @pytest.fixture(scope="session", autouse=True)
 def built():
     """Builds once; a failure ends the session, not every test by itself."""
-    import build
     import harness
+
+    import build
 
     try:
         harness.emulator()

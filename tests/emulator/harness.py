@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import build
 import numpy as np
+
+import build
 
 ROOT = Path(__file__).resolve().parent
 

@@ -108,10 +108,7 @@ def encode(kind: str, value: Any) -> int:
 
 def agrees(case: Case, kind: str, got: int, want: int) -> bool:
     if match := PACKED.match(kind):
-        return all(
-            ulps(TYPES[match[1]], x, y) <= case.max_ulps
-            for x, y in zip(lanes(got, 16), lanes(want, 16), strict=True)
-        )
+        return all(ulps(TYPES[match[1]], x, y) <= case.max_ulps for x, y in zip(lanes(got, 16), lanes(want, 16), strict=True))
     number = TYPES[kind]
     if isinstance(number, Float):
         same_sign = got >> (number.bits - 1) == want >> (number.bits - 1)
@@ -127,20 +124,20 @@ def run_case(module: Any, name: str, case: Case, rng: np.random.Generator, **opt
     raw = [samples(kind, rng) for kind in case.inputs]
     if case.limit:
         raw = [list(column) for column in zip(*(case.limit(*row) for row in zip(*raw, strict=True)), strict=True)]
-    ins = [harness.aligned(COUNT, dtype_of(k), np.array(r, np.uint64).astype(dtype_of(k))) for k, r in zip(case.inputs, raw, strict=True)]
+    ins = [
+        harness.aligned(COUNT, dtype_of(k), np.array(r, np.uint64).astype(dtype_of(k)))
+        for k, r in zip(case.inputs, raw, strict=True)
+    ]
     outs = [harness.aligned(COUNT, dtype_of(k)) for k in case.outputs]
     harness.launch(module, name, 2, COUNT // 2, *map(harness.Out, outs), *map(harness.In, ins), **options)
     for i in range(COUNT):
         operands = [decode(kind, column[i]) for kind, column in zip(case.inputs, raw, strict=True)]
         wanted = case.reference(*operands)
-        if not isinstance(wanted, tuple) or PACKED.match(case.outputs[0]) and len(case.outputs) == 1:
+        if not isinstance(wanted, tuple) or (PACKED.match(case.outputs[0]) and len(case.outputs) == 1):
             wanted = (wanted,)
         for kind, column, value in zip(case.outputs, outs, wanted, strict=True):
             got = int(column[i])
-            if case.check:
-                good = case.check(decode(kind, got), value, *operands)
-            else:
-                good = agrees(case, kind, got, encode(kind, value))
+            good = case.check(decode(kind, got), value, *operands) if case.check else agrees(case, kind, got, encode(kind, value))
             assert good, (
                 f"{case.ptx}: operands {operands} (bits {[hex(column[i]) for column in raw]}): got {hex(got)} = "
                 f"{decode(kind, got)}, expected {value}"

@@ -163,9 +163,7 @@ def arithmetic(kind: Float, mode: str, operation: str, *operands: float) -> int:
     with np.errstate(all="ignore"):
         x, y, z = np.float64(a), np.float64(b), np.float64(c)
         # What double precision gives: right for infinities, NaN and the sign of zero.
-        rough = float(
-            {"add": x + y, "sub": x - y, "mul": x * y, "fma": x * y + z, "div": x / y, "sqrt": np.sqrt(x)}[operation]
-        )
+        rough = float({"add": x + y, "sub": x - y, "mul": x * y, "fma": x * y + z, "div": x / y, "sqrt": np.sqrt(x)}[operation])
     if not all(map(math.isfinite, operands)) or (operation == "div" and b == 0):
         return kind.encode(rough)
     if operation == "sqrt":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-import build
 import harness
 import numpy as np
 import pytest
 from ptx_cases import Raw, case, module_ptx, run_case
 from scalars import BF16, E4M3, E5M2, F16, F32, F64, TF32, TYPES, arithmetic, flush
+
+import build
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 INTEGERS = ["s16", "u16", "s32", "u32", "s64", "u64"]
@@ -83,31 +84,62 @@ def integer_cases() -> list:
     cases += [
         case("add.sat.s32 {d}, {a}, {b}", "s32 s32 -> s32", lambda a, b: TYPES["s32"].clamp(a + b)),
         case("sub.sat.s32 {d}, {a}, {b}", "s32 s32 -> s32", lambda a, b: TYPES["s32"].clamp(a - b)),
-        case("add.cc.u32 {d}, {a}, {b}; addc.u32 {e}, {c}, 0", "u32 u32 u32 -> u32 u32", lambda a, b, c: (a + b, c + (a + b >> 32))),
+        case(
+            "add.cc.u32 {d}, {a}, {b}; addc.u32 {e}, {c}, 0", "u32 u32 u32 -> u32 u32", lambda a, b, c: (a + b, c + (a + b >> 32))
+        ),
         case("sub.cc.u32 {d}, {a}, {b}; subc.u32 {e}, {c}, 0", "u32 u32 u32 -> u32 u32", lambda a, b, c: (a - b, c - (a < b))),
-        case("add.cc.u64 {d}, {a}, {b}; addc.u64 {e}, {c}, 1", "u64 u64 u64 -> u64 u64", lambda a, b, c: (a + b, c + 1 + (a + b >> 64))),
-        case("mad.lo.cc.u32 {d}, {a}, {b}, {c}; madc.hi.u32 {e}, {a}, {b}, 0", "u32 u32 u32 -> u32 u32",
-             lambda a, b, c: (a * b + c, (a * b >> 32) + ((a * b & M32) + c >> 32))),
+        case(
+            "add.cc.u64 {d}, {a}, {b}; addc.u64 {e}, {c}, 1",
+            "u64 u64 u64 -> u64 u64",
+            lambda a, b, c: (a + b, c + 1 + (a + b >> 64)),
+        ),
+        case(
+            "mad.lo.cc.u32 {d}, {a}, {b}, {c}; madc.hi.u32 {e}, {a}, {b}, 0",
+            "u32 u32 u32 -> u32 u32",
+            lambda a, b, c: (a * b + c, (a * b >> 32) + ((a * b & M32) + c >> 32)),
+        ),
         case("shf.l.wrap.b32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32", lambda a, b, n: (b << 32 | a) << (n & 31) >> 32),
         case("shf.r.wrap.b32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32", lambda a, b, n: (b << 32 | a) >> (n & 31)),
         case("shf.l.clamp.b32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32", lambda a, b, n: (b << 32 | a) << min(n, 32) >> 32),
         case("shf.r.clamp.b32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32", lambda a, b, n: (b << 32 | a) >> min(n, 32)),
         case("prmt.b32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32", permute),
-        case("dp4a.u32.u32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32", lambda a, b, c: c + sum((a >> s & 255) * (b >> s & 255) for s in (0, 8, 16, 24))),
-        case("dp4a.s32.s32 {d}, {a}, {b}, {c}", "u32 u32 u32 -> u32",
-             lambda a, b, c: c + sum(TYPES["s8"].decode(a >> s & 255) * TYPES["s8"].decode(b >> s & 255) for s in (0, 8, 16, 24))),
-        case("selp.b32 {d}, {a}, {b}, %p1".join(["setp.ne.u32 %p1, {c}, 3; ", ""]), "u32 u32 u32 -> u32", lambda a, b, c: a if c != 3 else b),
-        case("setp.ge.and.s32 %p1|%p2, {a}, {b}, %p3; selp.u32 {d}, 1, 0, %p1".join(["setp.ne.u32 %p3, {c}, 0; ", ""]), "s32 s32 u32 -> u32",
-             lambda a, b, c: int(a >= b and c != 0)),
+        case(
+            "dp4a.u32.u32 {d}, {a}, {b}, {c}",
+            "u32 u32 u32 -> u32",
+            lambda a, b, c: c + sum((a >> s & 255) * (b >> s & 255) for s in (0, 8, 16, 24)),
+        ),
+        case(
+            "dp4a.s32.s32 {d}, {a}, {b}, {c}",
+            "u32 u32 u32 -> u32",
+            lambda a, b, c: c + sum(TYPES["s8"].decode(a >> s & 255) * TYPES["s8"].decode(b >> s & 255) for s in (0, 8, 16, 24)),
+        ),
+        case(
+            "selp.b32 {d}, {a}, {b}, %p1".join(["setp.ne.u32 %p1, {c}, 3; ", ""]),
+            "u32 u32 u32 -> u32",
+            lambda a, b, c: a if c != 3 else b,
+        ),
+        case(
+            "setp.ge.and.s32 %p1|%p2, {a}, {b}, %p3; selp.u32 {d}, 1, 0, %p1".join(["setp.ne.u32 %p3, {c}, 0; ", ""]),
+            "s32 s32 u32 -> u32",
+            lambda a, b, c: int(a >= b and c != 0),
+        ),
         case("slct.u32.s32 {d}, {a}, {b}, {c}", "u32 u32 s32 -> u32", lambda a, b, c: a if c >= 0 else b),
     ]
     for imm in (0x80, 0xE8, 0x96, 0xCA, 0x1B):
-        cases.append(case(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {imm}", "u32 u32 u32 -> u32", lambda a, b, c, i=imm: logic(a, b, c, i)))
+        cases.append(
+            case(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {imm}", "u32 u32 u32 -> u32", lambda a, b, c, i=imm: logic(a, b, c, i))
+        )
     for op, fn in COMPARISONS.items():
         for t in ("s16", "u16", "s32", "u32", "s64", "u64"):
             if t[0] == "s" and op in ("lo", "ls", "hi", "hs"):
                 continue
-            cases.append(case(f"setp.{op}.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} {t} -> u32", lambda a, b, fn=fn: int(fn(a, b))))
+            cases.append(
+                case(
+                    f"setp.{op}.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1",
+                    f"{t} {t} -> u32",
+                    lambda a, b, fn=fn: int(fn(a, b)),
+                )
+            )
     return cases
 
 
@@ -210,9 +242,17 @@ def float_cases() -> list:
             unordered = lambda a, b, fn=fn: int(fn(a, b) or math.isnan(a) or math.isnan(b))  # noqa: E731
             cases.append(case(f"setp.{op}.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} {t} -> u32", ordered))
             cases.append(case(f"setp.{op}u.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} {t} -> u32", unordered))
-        cases.append(case(f"setp.nan.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} {t} -> u32", lambda a, b: int(math.isnan(a) or math.isnan(b))))
+        cases.append(
+            case(
+                f"setp.nan.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1",
+                f"{t} {t} -> u32",
+                lambda a, b: int(math.isnan(a) or math.isnan(b)),
+            )
+        )
         for test, fn in (("finite", math.isfinite), ("infinite", math.isinf), ("notanumber", math.isnan)):
-            cases.append(case(f"testp.{test}.{t} %p1, {{a}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} -> u32", lambda a, fn=fn: int(fn(a))))
+            cases.append(
+                case(f"testp.{test}.{t} %p1, {{a}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} -> u32", lambda a, fn=fn: int(fn(a)))
+            )
     cases += [
         case("add.ftz.f32 {d}, {a}, {b}", "f32 f32 -> f32", ftz(ops(F32, "rn", "add"))),
         case("mul.ftz.f32 {d}, {a}, {b}", "f32 f32 -> f32", ftz(ops(F32, "rn", "mul"))),
@@ -237,7 +277,11 @@ def float_cases() -> list:
             case(f"add.rn.{x2} {{d}}, {{a}}, {{b}}", f"{x2} {x2} -> {x2}", pairwise(ops(kind, "rn", "add"))),
             case(f"mul.rn.{x2} {{d}}, {{a}}, {{b}}", f"{x2} {x2} -> {x2}", pairwise(ops(kind, "rn", "mul"))),
             case(f"fma.rn.{x2} {{d}}, {{a}}, {{b}}, {{c}}", f"{x2} {x2} {x2} -> {x2}", pairwise(ops(kind, "rn", "fma"))),
-            case(f"fma.rn.relu.{x2} {{d}}, {{a}}, {{b}}, {{c}}", f"{x2} {x2} {x2} -> {x2}", pairwise(relu(kind, ops(kind, "rn", "fma")))),
+            case(
+                f"fma.rn.relu.{x2} {{d}}, {{a}}, {{b}}, {{c}}",
+                f"{x2} {x2} {x2} -> {x2}",
+                pairwise(relu(kind, ops(kind, "rn", "fma"))),
+            ),
             case(f"max.{x2} {{d}}, {{a}}, {{b}}", f"{x2} {x2} -> {x2}", pairwise(maximum)),
             case(f"neg.{x2} {{d}}, {{a}}", f"{x2} -> {x2}", pairwise(lambda a: -a)),
             case(f"setp.lt.{t} %p1, {{a}}, {{b}}; selp.u32 {{d}}, 1, 0, %p1", f"{t} {t} -> u32", lambda a, b: int(a < b)),
@@ -310,13 +354,23 @@ def approximate_cases() -> list:
         case("rcp.approx.ftz.f32 {d}, {a}", "f32 -> f32", lambda a: reciprocal(flush(a, F32)), check=near(relative=2**-23)),
         case("rsqrt.approx.f32 {d}, {a}", "f32 -> f32", rsqrt, check=near(relative=2**-22.4)),
         case("sqrt.approx.f32 {d}, {a}", "f32 -> f32", safe(lambda a: math.sqrt(a)), check=near(relative=2**-22)),
-        case("div.full.f32 {d}, {a}, {b}", "f32 f32 -> f32", lambda a, b: a / b,
-             check=near(relative=2**-21), limit=lambda a, b: (F32.encode(1.5 + a % 7), F32.encode(0.25 + b % 5))),
+        case(
+            "div.full.f32 {d}, {a}, {b}",
+            "f32 f32 -> f32",
+            lambda a, b: a / b,
+            check=near(relative=2**-21),
+            limit=lambda a, b: (F32.encode(1.5 + a % 7), F32.encode(0.25 + b % 5)),
+        ),
         case("tanh.approx.f32 {d}, {a}", "f32 -> f32", math.tanh, check=near(absolute=2**-11, relative=2**-10)),
         case("sin.approx.f32 {d}, {a}", "f32 -> f32", safe(math.sin), check=near(absolute=2**-20), **moderate),
         case("cos.approx.f32 {d}, {a}", "f32 -> f32", safe(math.cos), check=near(absolute=2**-20), **moderate),
         case("ex2.approx.f16x2 {d}, {a}", "f16x2 -> f16x2", pairwise(lambda a: Raw(F16.encode(exp2(a)))), max_ulps=2),
-        case("ex2.approx.ftz.bf16x2 {d}, {a}", "bf16x2 -> bf16x2", pairwise(lambda a: Raw(BF16.encode(flush(exp2(a), F32)))), max_ulps=2),
+        case(
+            "ex2.approx.ftz.bf16x2 {d}, {a}",
+            "bf16x2 -> bf16x2",
+            pairwise(lambda a: Raw(BF16.encode(flush(exp2(a), F32)))),
+            max_ulps=2,
+        ),
         case("tanh.approx.bf16x2 {d}, {a}", "bf16x2 -> bf16x2", pairwise(math.tanh), max_ulps=1),
     ]
 
@@ -366,17 +420,31 @@ def conversion_cases() -> list:
             case(f"cvt.{mode}.f16.f32 {{d}}, {{a}}", "f32 -> f16", lambda a, m=mode: Raw(F16.encode(a, m))),
             case(f"cvt.{mode}.bf16.f32 {{d}}, {{a}}", "f32 -> bf16", lambda a, m=mode: Raw(BF16.encode(a, m))),
             case(f"cvt.{mode}.f32.f64 {{d}}, {{a}}", "f64 -> f32", lambda a, m=mode: Raw(F32.encode(a, m))),
-            case(f"cvt.{mode}.f16x2.f32 {{d}}, {{a}}, {{b}}", "f32 f32 -> f16x2", lambda a, b, m=mode: (Raw(F16.encode(b, m)), Raw(F16.encode(a, m)))),
-            case(f"cvt.{mode}.bf16x2.f32 {{d}}, {{a}}, {{b}}", "f32 f32 -> bf16x2", lambda a, b, m=mode: (Raw(BF16.encode(b, m)), Raw(BF16.encode(a, m)))),
+            case(
+                f"cvt.{mode}.f16x2.f32 {{d}}, {{a}}, {{b}}",
+                "f32 f32 -> f16x2",
+                lambda a, b, m=mode: (Raw(F16.encode(b, m)), Raw(F16.encode(a, m))),
+            ),
+            case(
+                f"cvt.{mode}.bf16x2.f32 {{d}}, {{a}}, {{b}}",
+                "f32 f32 -> bf16x2",
+                lambda a, b, m=mode: (Raw(BF16.encode(b, m)), Raw(BF16.encode(a, m))),
+            ),
         ]
     cases += [
         case("cvt.f32.f16 {d}, {a}", "f16 -> f32", lambda a: a),
         case("cvt.f32.bf16 {d}, {a}", "bf16 -> f32", lambda a: a),
         case("cvt.f64.f32 {d}, {a}", "f32 -> f64", lambda a: a),
-        case("cvt.rn.relu.f16x2.f32 {d}, {a}, {b}", "f32 f32 -> f16x2", lambda a, b: tuple(v if math.isnan(v) else max(v, 0.0) for v in (b, a))),
+        case(
+            "cvt.rn.relu.f16x2.f32 {d}, {a}, {b}",
+            "f32 f32 -> f16x2",
+            lambda a, b: tuple(v if math.isnan(v) else max(v, 0.0) for v in (b, a)),
+        ),
         case("cvt.rn.f16.s32 {d}, {a}", "s32 -> f16", lambda a: Raw(F16.encode(a + F32_ZERO))),
         case("cvt.rzi.s32.f16 {d}, {a}", "f16 -> s32", to_integer("s32", "rzi")),
-        case("cvt.rna.tf32.f32 {d}, {a}", "f32 -> f32", lambda a: a if not math.isfinite(a) else TF32.decode(TF32.encode(a, "rna"))),
+        case(
+            "cvt.rna.tf32.f32 {d}, {a}", "f32 -> f32", lambda a: a if not math.isfinite(a) else TF32.decode(TF32.encode(a, "rna"))
+        ),
         case("cvt.rn.satfinite.e4m3x2.f32 {d}, {a}, {b}", "f32 f32 -> u16", pack_pair(E4M3, 8, saturate=True)),
         case("cvt.rn.satfinite.e5m2x2.f32 {d}, {a}, {b}", "f32 f32 -> u16", pack_pair(E5M2, 8, saturate=True)),
         case("cvt.rn.f16x2.e4m3x2 {d}, {a}", "u16 -> f16x2", lambda a: (E4M3.decode(a & 255), E4M3.decode(a >> 8))),

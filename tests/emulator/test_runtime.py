@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import textwrap
 
-import build
 import harness
 import numpy as np
 import pytest
 from harness import In, Out, aligned, pointer
+
+import build
 
 HOST = build.ROOT / "kernels" / "host" / "runtime.cu"
 INVALID_VALUE, INVALID_CONFIGURATION, NO_KERNEL_IMAGE, LAUNCH_FAILURE = 1, 9, 209, 719
@@ -214,7 +216,12 @@ class TestFatBinaries:
 
     def test_images_and_their_architectures(self, fatbins):
         images = harness.emulator().parse_fatbin(fatbins["plain"])
-        assert sorted((kind, arch) for kind, arch, _ in images) == [("ptx", "sm_80"), ("ptx", "sm_90a"), ("sass", "sm_80"), ("sass", "sm_90a")]
+        assert sorted((kind, arch) for kind, arch, _ in images) == [
+            ("ptx", "sm_80"),
+            ("ptx", "sm_90a"),
+            ("sass", "sm_80"),
+            ("sass", "sm_90a"),
+        ]
         for kind, arch, text in images:
             assert (kind == "ptx") == (text is not None)
             if text:
@@ -240,10 +247,8 @@ class TestFatBinaries:
             for _ in range(300):
                 changed = bytearray(data)
                 changed[int(rng.integers(0, 400))] = int(rng.integers(0, 256))
-                try:
+                with contextlib.suppress(error, UnicodeDecodeError):
                     parse(bytes(changed))
-                except (error, UnicodeDecodeError):
-                    pass
         with pytest.raises(error, match="magic"):
             parse(struct.pack("<QQ", 1, 2))
 

@@ -215,7 +215,9 @@ def test_more_than_2_31_elements() -> None:
     shape = (5, 32_800, 128, 128)
     if torch.cuda.mem_get_info()[0] < 3 * 2 * torch.Size(shape).numel() + 4 * 2**30:
         pytest.skip("needs 21 GiB of free GPU memory")
-    if not has_kernel(*(torch.empty(shape, device="meta", dtype=torch.bfloat16),) * 3, device_info="sm90") or torch.cuda.get_device_capability() != (9, 0):
+    if not has_kernel(
+        *(torch.empty(shape, device="meta", dtype=torch.bfloat16),) * 3, device_info="sm90"
+    ) or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no kernel for this GPU yet; the plan of such a call is tested without one")
     q = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(generator=torch.Generator("cuda").manual_seed(0))
     assert q.numel() > 2**31
@@ -230,7 +232,9 @@ def test_training_through_compile_with_autocast() -> None:
     torch.compiler.reset()
     linear = torch.nn.Linear(64, 3 * 4 * 64, device="cuda")
     compiled = torch.compile(
-        lambda x: flash_ext.attention(*linear(x).unflatten(-1, (3, 4, 64)).unbind(2), causal=True), backend="aot_eager", fullgraph=True
+        lambda x: flash_ext.attention(*linear(x).unflatten(-1, (3, 4, 64)).unbind(2), causal=True),
+        backend="aot_eager",
+        fullgraph=True,
     )
     x = rand(2, 130, 64, dtype=torch.float32)
     gradients = []

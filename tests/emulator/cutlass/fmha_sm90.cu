@@ -14,17 +14,14 @@ namespace {
 
 using Half = cutlass::half_t;
 using Strides = cute::tuple<int, _1, cute::tuple<int, int>>;  // row, element, (batch, head)
-using Kernel = cutlass::fmha::kernel::FmhaBuilder<
-    Half, float, float, Shape<_128, _64, _64>, Strides, Strides, Strides,
-    cutlass::fmha::collective::CausalFusion,
-    cutlass::gemm::KernelTmaWarpSpecializedCooperative>::Kernel;
+using Kernel = cutlass::fmha::kernel::FmhaBuilder<Half, float, float, Shape<_128, _64, _64>, Strides, Strides, Strides,
+                                                  cutlass::fmha::collective::CausalFusion,
+                                                  cutlass::gemm::KernelTmaWarpSpecializedCooperative>::Kernel;
 using Operation = cutlass::device::Universal<Kernel>;
 
 constexpr int kHeadDim = 64;
 
-Strides strides(int heads, int rows) {
-  return {kHeadDim, _1{}, {heads * rows * kHeadDim, rows * kHeadDim}};
-}
+Strides strides(int heads, int rows) { return {kHeadDim, _1{}, {heads * rows * kHeadDim, rows * kHeadDim}}; }
 
 }  // namespace
 

@@ -1,25 +1,25 @@
 // Atomic operations on global and shared memory, their vector forms, and what they order.
-#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cstdint>
 
-#define ATOMIC(name, type, call)                                                           \
-  extern "C" __global__ void global_##name(type* cell, type* before, const type* in) {     \
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;                                   \
-    type* const at = cell + i % 4;                                                         \
-    const type v = in[i];                                                                  \
-    before[i] = call;                                                                      \
-  }                                                                                        \
-  extern "C" __global__ void shared_##name(type* cell, type* before, const type* in) {     \
-    __shared__ type cells[4];                                                              \
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;                                   \
-    if (threadIdx.x < 4) cells[threadIdx.x] = cell[threadIdx.x];                           \
-    __syncthreads();                                                                       \
-    type* const at = cells + i % 4;                                                        \
-    const type v = in[i];                                                                  \
-    before[i] = call;                                                                      \
-    __syncthreads();                                                                       \
-    if (threadIdx.x < 4) cell[threadIdx.x] = cells[threadIdx.x];                           \
+#define ATOMIC(name, type, call)                                                       \
+  extern "C" __global__ void global_##name(type* cell, type* before, const type* in) { \
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;                               \
+    type* const at = cell + i % 4;                                                     \
+    const type v = in[i];                                                              \
+    before[i] = call;                                                                  \
+  }                                                                                    \
+  extern "C" __global__ void shared_##name(type* cell, type* before, const type* in) { \
+    __shared__ type cells[4];                                                          \
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;                               \
+    if (threadIdx.x < 4) cells[threadIdx.x] = cell[threadIdx.x];                       \
+    __syncthreads();                                                                   \
+    type* const at = cells + i % 4;                                                    \
+    const type v = in[i];                                                              \
+    before[i] = call;                                                                  \
+    __syncthreads();                                                                   \
+    if (threadIdx.x < 4) cell[threadIdx.x] = cells[threadIdx.x];                       \
   }
 
 ATOMIC(add_s32, int, atomicAdd(at, v))
@@ -51,7 +51,8 @@ extern "C" __global__ void add_halves(__half2* h, __nv_bfloat162* b, __half* h1)
 extern "C" __global__ void reductions(float* f, unsigned* u, unsigned* packed) {
   const float x = static_cast<float>(threadIdx.x);
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(f), "f"(x) : "memory");
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(f + 4), "f"(x), "f"(2 * x), "f"(1.0f), "f"(-x) : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(f + 4), "f"(x), "f"(2 * x), "f"(1.0f), "f"(-x)
+               : "memory");
   asm volatile("red.global.add.v2.f32 [%0], {%1, %1};" ::"l"(f + 8), "f"(x) : "memory");
   asm volatile("red.relaxed.gpu.global.max.u32 [%0], %1;" ::"l"(u), "r"(threadIdx.x * 5 % 37) : "memory");
   asm volatile("red.release.gpu.global.add.u32 [%0], 3;" ::"l"(u + 1) : "memory");
@@ -64,7 +65,8 @@ extern "C" __global__ void vector_atomic(float* f, float4* before) {
   float4 old;
   asm volatile("atom.global.add.v4.f32 {%0, %1, %2, %3}, [%4], {%5, %6, %7, %8};"
                : "=f"(old.x), "=f"(old.y), "=f"(old.z), "=f"(old.w)
-               : "l"(f), "f"(1.0f), "f"(2.0f), "f"(3.0f), "f"(4.0f) : "memory");
+               : "l"(f), "f"(1.0f), "f"(2.0f), "f"(3.0f), "f"(4.0f)
+               : "memory");
   before[threadIdx.x] = old;
 }
 
@@ -92,7 +94,8 @@ extern "C" __global__ void chain(int* values, int* flags) {
   int v = 1;
   if (blockIdx.x > 0) {
     int ready = 0;
-    while (!ready) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(flags + blockIdx.x - 1) : "memory");
+    while (!ready)
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(flags + blockIdx.x - 1) : "memory");
     v = 2 * values[blockIdx.x - 1] + 1;
   }
   values[blockIdx.x] = v;

@@ -19,7 +19,9 @@ extern "C" __global__ void counts(int* out, const int* in) {
 }
 
 __device__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Warp 0 produces, warps 1 and 2 consume: "full" and "empty" barriers, several rounds.
 extern "C" __global__ void producer_consumer(int* out, int rounds) {
@@ -69,6 +71,8 @@ extern "C" __global__ void some_leave(int* out) {
 extern "C" __global__ void barrier_reduce(int* out, const int* in) {
   int count;
   asm volatile("{ .reg .pred p; setp.gt.s32 p, %1, 3; barrier.cta.red.popc.u32 %0, 3, 64, p; }"
-               : "=r"(count) : "r"(in[threadIdx.x]) : "memory");
+               : "=r"(count)
+               : "r"(in[threadIdx.x])
+               : "memory");
   out[threadIdx.x] = count;
 }

@@ -32,9 +32,14 @@ extern "C" __global__ void neighbours(int* out) {
   sum[i] = 0;
   cluster_sync();
   int v;
-  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(map_rank(address(&box[i]), (rank + 1) % n)) : "memory");
-  asm volatile("red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;"
-               ::"r"(map_rank(address(&sum[(i + 1) % 32]), (rank + n - 1) % n)), "r"(static_cast<int>(rank + 1)) : "memory");
+  asm volatile("ld.shared::cluster.s32 %0, [%1];"
+               : "=r"(v)
+               : "r"(map_rank(address(&box[i]), (rank + 1) % n))
+               : "memory");
+  asm volatile("red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;" ::"r"(
+                   map_rank(address(&sum[(i + 1) % 32]), (rank + n - 1) % n)),
+               "r"(static_cast<int>(rank + 1))
+               : "memory");
   cluster_sync();
   out[blockIdx.x * 64 + i] = v;
   out[blockIdx.x * 64 + 32 + i] = sum[i];
@@ -60,7 +65,9 @@ __device__ void wait(uint64_t* bar, int parity) {
   while (!done) {
     asm volatile(
         "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(address(bar)), "r"(parity) : "memory");
+        : "=r"(done)
+        : "r"(address(bar)), "r"(parity)
+        : "memory");
   }
 }
 
@@ -79,8 +86,10 @@ extern "C" __global__ void ring(int* out, int rounds) {
     for (int r = 0; r < rounds; ++r) {
       if (rank > 0 || r > 0) wait(&bar, rank > 0 ? r & 1 : (r - 1) & 1);
       const uint32_t next = (rank + 1) % n;
-      asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(map_rank(address(&token), next)), "r"(token + 1) : "memory");
-      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_rank(address(&bar), next)) : "memory");
+      asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(map_rank(address(&token), next)), "r"(token + 1)
+                   : "memory");
+      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_rank(address(&bar), next))
+                   : "memory");
     }
     if (rank == 0) wait(&bar, (rounds - 1) & 1);
   }
@@ -100,8 +109,10 @@ extern "C" __global__ void async_store(int* out) {
   }
   cluster_sync();
   const uint32_t next = (rank + 1) % n;
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];"
-               ::"r"(map_rank(address(&box[i]), next)), "r"(static_cast<int>(1000 * rank + i)), "r"(map_rank(address(&bar), next)) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(
+                   map_rank(address(&box[i]), next)),
+               "r"(static_cast<int>(1000 * rank + i)), "r"(map_rank(address(&bar), next))
+               : "memory");
   wait(&bar, 0);
   out[blockIdx.x * 32 + i] = box[i];
   cluster_sync();
@@ -123,8 +134,10 @@ extern "C" __global__ void bulk_to_peer(int* out) {
   cluster_sync();
   if (i == 0) {
     const uint32_t next = (rank + 1) % n;
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], 256, [%2];"
-                 ::"r"(map_rank(address(to), next)), "r"(address(from)), "r"(map_rank(address(&bar), next)) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], 256, [%2];" ::"r"(
+                     map_rank(address(to), next)),
+                 "r"(address(from)), "r"(map_rank(address(&bar), next))
+                 : "memory");
   }
   wait(&bar, 0);
   out[blockIdx.x * 64 + i] = to[i];

@@ -39,7 +39,7 @@ extern "C" __global__ void shared_race(int* out) {
   __shared__ int box[64];
   box[threadIdx.x] = 0;
   __syncthreads();
-  box[threadIdx.x] = threadIdx.x;  // @race_writes
+  box[threadIdx.x] = threadIdx.x;            // @race_writes
   out[threadIdx.x] = box[63 - threadIdx.x];  // @race_reads
 }
 
@@ -75,7 +75,9 @@ extern "C" __global__ void mbarrier_deadlock(int* out) {
   uint32_t done = 0;
   while (!done) {
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(address(&bar)) : "memory");  // @mbarrier_deadlock
+                 : "=r"(done)
+                 : "r"(address(&bar))
+                 : "memory");  // @mbarrier_deadlock
   }
   out[threadIdx.x] = 1;
 }
@@ -93,13 +95,17 @@ extern "C" __global__ void missing_transaction(int* out, const int* in) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&bar)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 144;" ::"r"(address(&bar)) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];"
-                 ::"r"(address(box)), "l"(in), "r"(address(&bar)) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::"r"(address(box)),
+        "l"(in), "r"(address(&bar))
+        : "memory");
   }
   __syncwarp();
   while (!done) {
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(address(&bar)) : "memory");
+                 : "=r"(done)
+                 : "r"(address(&bar))
+                 : "memory");
   }
   out[threadIdx.x] = box[threadIdx.x];
 }
@@ -111,8 +117,10 @@ extern "C" __global__ void no_wait_for_copy(int* out, const int* in) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&bar)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 128;" ::"r"(address(&bar)) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];"
-                 ::"r"(address(box)), "l"(in), "r"(address(&bar)) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::"r"(address(box)),
+        "l"(in), "r"(address(&bar))
+        : "memory");
   }
   __syncthreads();
   out[threadIdx.x] = box[threadIdx.x];  // @no_wait_for_copy
@@ -123,7 +131,8 @@ extern "C" __global__ void no_proxy_fence(int* out) {
   box[threadIdx.x] = threadIdx.x;
   __syncthreads();
   if (threadIdx.x == 0) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;" ::"l"(out), "r"(address(box)) : "memory");  // @no_proxy_fence
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;" ::"l"(out), "r"(address(box))
+                 : "memory");  // @no_proxy_fence
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
@@ -135,7 +144,8 @@ extern "C" __global__ void source_overwritten(int* out) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
   if (threadIdx.x == 0) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;" ::"l"(out), "r"(address(box)) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;" ::"l"(out), "r"(address(box))
+                 : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
   box[threadIdx.x] = 0;  // @source_overwritten

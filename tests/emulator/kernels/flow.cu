@@ -32,14 +32,28 @@ extern "C" __global__ void cases(int* out, const int* in) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   int y = in[i];
   switch (y) {
-    case 0: y = 11; break;
-    case 1: y = 7 * i;
-    case 2: y += 5; break;
-    case 3: out[i] = -1; return;
-    case 4: y = __popc(i); break;
-    case 5: y = ~i; break;
-    case 6: y = i << 3; break;
-    default: y = y * y;
+    case 0:
+      y = 11;
+      break;
+    case 1:
+      y = 7 * i;
+    case 2:
+      y += 5;
+      break;
+    case 3:
+      out[i] = -1;
+      return;
+    case 4:
+      y = __popc(i);
+      break;
+    case 5:
+      y = ~i;
+      break;
+    case 6:
+      y = i << 3;
+      break;
+    default:
+      y = y * y;
   }
   out[i] = y;
 }

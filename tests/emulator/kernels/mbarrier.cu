@@ -14,13 +14,17 @@ __device__ void expect(uint64_t* bar, int bytes) {
 __device__ bool try_wait(uint64_t* bar, int parity) {
   uint32_t done;
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(address(bar)), "r"(parity) : "memory");
+               : "=r"(done)
+               : "r"(address(bar)), "r"(parity)
+               : "memory");
   return done;
 }
 __device__ bool test_wait(uint64_t* bar, int parity) {
   uint32_t done;
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(address(bar)), "r"(parity) : "memory");
+               : "=r"(done)
+               : "r"(address(bar)), "r"(parity)
+               : "memory");
   return done;
 }
 __device__ void wait(uint64_t* bar, int parity) {
@@ -28,8 +32,10 @@ __device__ void wait(uint64_t* bar, int parity) {
   }
 }
 __device__ void bulk_load(void* to, const void* from, int bytes, uint64_t* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(bar)) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
+      "l"(from), "r"(bytes), "r"(address(bar))
+      : "memory");
 }
 
 // One thread watches phases come and go.
@@ -51,11 +57,15 @@ extern "C" __global__ void phases(int* out) {
   asm volatile("mbarrier.pending_count.b64 %0, %1;" : "=r"(pending) : "l"(token));
   out[n++] = pending;
   asm volatile("{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(address(&bar)), "l"(token) : "memory");
+               : "=r"(done)
+               : "r"(address(&bar)), "l"(token)
+               : "memory");
   out[n++] = done;
   arrive(&bar);
   asm volatile("{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(address(&bar)), "l"(token) : "memory");
+               : "=r"(done)
+               : "r"(address(&bar)), "l"(token)
+               : "memory");
   out[n++] = done;
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address(&bar)) : "memory");
 }
@@ -123,8 +133,9 @@ extern "C" __global__ void bulk_store(int* out, int chunks) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     if (threadIdx.x == 0) {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                   ::"l"(out + c * 256), "r"(address(box)), "r"(1024) : "memory");
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(out + c * 256),
+                   "r"(address(box)), "r"(1024)
+                   : "memory");
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }

@@ -114,7 +114,8 @@ extern "C" __global__ void hints(float* out, const float* in) {
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("ld.global.nc.L1::no_allocate.f32 %0, [%1];" : "=f"(a) : "l"(in + i));
   asm volatile("ld.global.L2::cache_hint.f32 %0, [%1], %2;" : "=f"(b) : "l"(in + i), "l"(policy));
-  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x), "=f"(y), "=f"(z), "=f"(w)
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x), "=f"(y), "=f"(z), "=f"(w)
                : "l"(in + i / 4 * 4));
   const float c = __ldcg(in + i) + __ldcs(in + i) + __ldg(in + i) + *static_cast<const volatile float*>(in + i);
   __stwt(out + i, a + b + c + (i % 4 == 0 ? x : i % 4 == 1 ? y : i % 4 == 2 ? z : w));

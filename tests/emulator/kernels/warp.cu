@@ -1,9 +1,9 @@
 // Exchange and votes within a warp.
 
-#define SHUFFLE(name, call)                                                          \
-  extern "C" __global__ void shuffle_##name(int* out, const int* in, int by) {       \
-    const int v = in[threadIdx.x];                                                   \
-    out[threadIdx.x] = call;                                                         \
+#define SHUFFLE(name, call)                                                    \
+  extern "C" __global__ void shuffle_##name(int* out, const int* in, int by) { \
+    const int v = in[threadIdx.x];                                             \
+    out[threadIdx.x] = call;                                                   \
   }
 SHUFFLE(up, __shfl_up_sync(0xffffffffu, v, by))
 SHUFFLE(down, __shfl_down_sync(0xffffffffu, v, by))
@@ -13,14 +13,13 @@ SHUFFLE(up8, __shfl_up_sync(0xffffffffu, v, by, 8))
 SHUFFLE(down8, __shfl_down_sync(0xffffffffu, v, by, 8))
 SHUFFLE(xor8, __shfl_xor_sync(0xffffffffu, v, by, 8))
 SHUFFLE(idx8, __shfl_sync(0xffffffffu, v, by, 8))
-SHUFFLE(varying, __shfl_sync(0xffffffffu, v, threadIdx.x * by))
+SHUFFLE(varying, __shfl_sync(0xffffffffu, v, threadIdx.x* by))
 
 // The predicate that tells whether the source lane was in range.
 extern "C" __global__ void shuffle_predicate(int* out, const int* in) {
   int v = in[threadIdx.x], inside;
-  asm volatile(
-      "{ .reg .pred p; shfl.sync.down.b32 %0|p, %0, 5, 0x1f, 0xffffffff; selp.b32 %1, 1, 0, p; }"
-      : "+r"(v), "=r"(inside));
+  asm volatile("{ .reg .pred p; shfl.sync.down.b32 %0|p, %0, 5, 0x1f, 0xffffffff; selp.b32 %1, 1, 0, p; }"
+               : "+r"(v), "=r"(inside));
   out[threadIdx.x] = inside ? v : -1 - v;
 }
 
@@ -45,7 +44,8 @@ extern "C" __global__ void votes(unsigned* out, const int* in) {
   out[32 + lane] = __any_sync(0xffffffffu, v == 99) | __all_sync(0xffffffffu, v >= 0) << 1;
   unsigned uniform;
   asm volatile("{ .reg .pred p, q; setp.gt.s32 p, %1, 50; vote.sync.uni.pred q, p, 0xffffffff; selp.u32 %0, 1, 0, q; }"
-               : "=r"(uniform) : "r"(v));
+               : "=r"(uniform)
+               : "r"(v));
   out[64 + lane] = uniform;
 }
 

@@ -37,8 +37,7 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
     {cudaErrorInvalidSymbol, "cudaErrorInvalidSymbol", "invalid device symbol"},
-    {cudaErrorMissingConfiguration, "cudaErrorMissingConfiguration",
-     "__global__ function call is not configured"},
+    {cudaErrorMissingConfiguration, "cudaErrorMissingConfiguration", "__global__ function call is not configured"},
     {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction", "invalid device function"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorInvalidKernelImage, "cudaErrorInvalidKernelImage", "device kernel image is invalid"},
@@ -47,11 +46,9 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorInvalidPtx, "cudaErrorInvalidPtx", "a PTX JIT compilation failed"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
-    {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources",
-     "too many resources requested for launch"},
+    {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
-    {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge",
-     "too many blocks in cooperative launch"},
+    {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge", "too many blocks in cooperative launch"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
     {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "invalid cluster size"},
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
@@ -68,43 +65,76 @@ const ErrorText* find_error(cudaError_t code) {
 int attribute_value(cudaDeviceAttr attribute) {
   const DeviceModel& d = device();
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: return d.major();
-    case cudaDevAttrComputeCapabilityMinor: return d.minor();
-    case cudaDevAttrMultiProcessorCount: return static_cast<int>(Runtime::get().options().num_sms);
-    case cudaDevAttrMaxThreadsPerBlock: return kMaxThreadsPerCta;
-    case cudaDevAttrMaxBlockDimX: return 1024;
-    case cudaDevAttrMaxBlockDimY: return 1024;
-    case cudaDevAttrMaxBlockDimZ: return 64;
-    case cudaDevAttrMaxGridDimX: return 0x7fffffff;
-    case cudaDevAttrMaxGridDimY: return 65535;
-    case cudaDevAttrMaxGridDimZ: return 65535;
-    case cudaDevAttrMaxSharedMemoryPerBlock: return kSharedPerCta;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return d.shared_per_cta_optin;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return d.shared_per_sm;
-    case cudaDevAttrReservedSharedMemoryPerBlock: return kReservedSharedPerCta;
-    case cudaDevAttrTotalConstantMemory: return 65536;
-    case cudaDevAttrWarpSize: return 32;
-    case cudaDevAttrMaxRegistersPerBlock: return kRegistersPerSm;
-    case cudaDevAttrMaxRegistersPerMultiprocessor: return kRegistersPerSm;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: return d.threads_per_sm;
-    case cudaDevAttrMaxBlocksPerMultiprocessor: return d.ctas_per_sm;
-    case cudaDevAttrL2CacheSize: return d.l2_bytes;
-    case cudaDevAttrClockRate: return kClockKhz;
-    case cudaDevAttrMemoryClockRate: return kClockKhz;
-    case cudaDevAttrGlobalMemoryBusWidth: return 5120;
-    case cudaDevAttrClusterLaunch: return d.has_clusters();
-    case cudaDevAttrCooperativeLaunch: return 1;
-    case cudaDevAttrConcurrentKernels: return 0;
-    case cudaDevAttrUnifiedAddressing: return 1;
-    case cudaDevAttrManagedMemory: return 1;
-    case cudaDevAttrConcurrentManagedAccess: return 1;
-    case cudaDevAttrMemoryPoolsSupported: return 0;
-    case cudaDevAttrComputePreemptionSupported: return 1;
-    case cudaDevAttrEccEnabled: return 0;
-    case cudaDevAttrIntegrated: return 0;
+    case cudaDevAttrComputeCapabilityMajor:
+      return d.major();
+    case cudaDevAttrComputeCapabilityMinor:
+      return d.minor();
+    case cudaDevAttrMultiProcessorCount:
+      return static_cast<int>(Runtime::get().options().num_sms);
+    case cudaDevAttrMaxThreadsPerBlock:
+      return kMaxThreadsPerCta;
+    case cudaDevAttrMaxBlockDimX:
+      return 1024;
+    case cudaDevAttrMaxBlockDimY:
+      return 1024;
+    case cudaDevAttrMaxBlockDimZ:
+      return 64;
+    case cudaDevAttrMaxGridDimX:
+      return 0x7fffffff;
+    case cudaDevAttrMaxGridDimY:
+      return 65535;
+    case cudaDevAttrMaxGridDimZ:
+      return 65535;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      return kSharedPerCta;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return d.shared_per_cta_optin;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return d.shared_per_sm;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      return kReservedSharedPerCta;
+    case cudaDevAttrTotalConstantMemory:
+      return 65536;
+    case cudaDevAttrWarpSize:
+      return 32;
+    case cudaDevAttrMaxRegistersPerBlock:
+      return kRegistersPerSm;
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      return kRegistersPerSm;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return d.threads_per_sm;
+    case cudaDevAttrMaxBlocksPerMultiprocessor:
+      return d.ctas_per_sm;
+    case cudaDevAttrL2CacheSize:
+      return d.l2_bytes;
+    case cudaDevAttrClockRate:
+      return kClockKhz;
+    case cudaDevAttrMemoryClockRate:
+      return kClockKhz;
+    case cudaDevAttrGlobalMemoryBusWidth:
+      return 5120;
+    case cudaDevAttrClusterLaunch:
+      return d.has_clusters();
+    case cudaDevAttrCooperativeLaunch:
+      return 1;
+    case cudaDevAttrConcurrentKernels:
+      return 0;
+    case cudaDevAttrUnifiedAddressing:
+      return 1;
+    case cudaDevAttrManagedMemory:
+      return 1;
+    case cudaDevAttrConcurrentManagedAccess:
+      return 1;
+    case cudaDevAttrMemoryPoolsSupported:
+      return 0;
+    case cudaDevAttrComputePreemptionSupported:
+      return 1;
+    case cudaDevAttrEccEnabled:
+      return 0;
+    case cudaDevAttrIntegrated:
+      return 0;
     default:
-      throw ApiError(cudaErrorNotSupported, "device attribute " + std::to_string(attribute) +
-                                                " is not emulated");
+      throw ApiError(cudaErrorNotSupported, "device attribute " + std::to_string(attribute) + " is not emulated");
   }
 }
 
@@ -125,13 +155,11 @@ struct Stream {
 
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                       const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
-                      const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
-                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
-                      CUtensorMapFloatOOBfill fill) {
+                      const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                      CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   const std::string refusal = encode_tensor_map(
-      {static_cast<int>(type), rank, reinterpret_cast<uint64_t>(address), dims, strides, box,
-       element_strides, static_cast<int>(interleave), static_cast<int>(swizzle),
-       static_cast<int>(promotion), static_cast<int>(fill)},
+      {static_cast<int>(type), rank, reinterpret_cast<uint64_t>(address), dims, strides, box, element_strides,
+       static_cast<int>(interleave), static_cast<int>(swizzle), static_cast<int>(promotion), static_cast<int>(fill)},
       map);
   if (refusal.empty()) return CUDA_SUCCESS;
   ThreadErrors& errors = thread_errors();
@@ -259,8 +287,8 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
-                                             unsigned long long, cudaDriverEntryPointQueryResult* status) {
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
   return guarded([&] {
     if (!symbol || !function) throw ApiError(cudaErrorInvalidValue, "null argument");
     *function = driver_entry_point(symbol);

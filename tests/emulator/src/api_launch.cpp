@@ -51,8 +51,8 @@ void __cudaUnregisterFatBinary(void** handle) {
 
 char __cudaInitModule(void**) { return 1; }
 
-void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, uint3*, uint3*,
-                            dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   Runtime::get().add_kernel(reinterpret_cast<FatBinary*>(handle), host, name);
 }
 
@@ -96,16 +96,15 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return launch(kernel, grid, block, arguments, shared);
 }
 
-cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                                        size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                                        cudaStream_t) {
   return launch(function, grid, block, arguments, shared, /*cooperative=*/true);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   return guarded([&] {
     if (!config) throw ApiError(cudaErrorInvalidValue, "null launch configuration");
-    Launch launch{to_dim3(config->gridDim), to_dim3(config->blockDim), {},
-                  shared_bytes(config->dynamicSmemBytes), {}};
+    Launch launch{to_dim3(config->gridDim), to_dim3(config->blockDim), {}, shared_bytes(config->dynamicSmemBytes), {}};
     bool cooperative = false;
     for (unsigned i = 0; i < config->numAttrs; ++i) {
       const cudaLaunchAttribute& attribute = config->attrs[i];
@@ -131,8 +130,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
         case cudaLaunchAttributePreferredSharedMemoryCarveout:
           break;
         default:
-          throw ApiError(cudaErrorNotSupported, "launch attribute " + std::to_string(attribute.id) +
-                                                    " is not emulated");
+          throw ApiError(cudaErrorNotSupported,
+                         "launch attribute " + std::to_string(attribute.id) + " is not emulated");
       }
     }
     Runtime::get().run(function, launch, arguments, cooperative);
@@ -148,10 +147,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
       case cudaFuncAttributeMaxDynamicSharedMemorySize: {
         const int allowed = device.shared_per_cta_optin - static_cast<int>(kernel.info->static_shared_bytes);
         if (value < 0 || value > allowed) {
-          throw ApiError(cudaErrorInvalidValue,
-                         kernel.info->name + ": " + std::to_string(value) +
-                             " bytes of dynamic shared memory asked for, " + device.name + " allows " +
-                             std::to_string(allowed));
+          throw ApiError(cudaErrorInvalidValue, kernel.info->name + ": " + std::to_string(value) +
+                                                    " bytes of dynamic shared memory asked for, " + device.name +
+                                                    " allows " + std::to_string(allowed));
         }
         kernel.limits.max_dynamic_shared = value;
         break;
@@ -163,15 +161,13 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
       case cudaFuncAttributeClusterSchedulingPolicyPreference:
         break;
       default:
-        throw ApiError(cudaErrorInvalidValue,
-                       "function attribute " + std::to_string(attribute) + " cannot be set");
+        throw ApiError(cudaErrorInvalidValue, "function attribute " + std::to_string(attribute) + " cannot be set");
     }
     runtime.set_limits(function, kernel.limits);
   });
 }
 
-cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, cudaFuncAttribute attribute, int value,
-                                            int) {
+cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, cudaFuncAttribute attribute, int value, int) {
   return cudaFuncSetAttribute(kernel, attribute, value);
 }
 
@@ -204,9 +200,8 @@ cudaError_t cudaFuncGetName(const char** name, const void* function) {
   return guarded([&] { *name = Runtime::get().find_kernel(function)->name.c_str(); });
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function,
-                                                                   int threads, size_t dynamic_shared,
-                                                                   unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads,
+                                                                   size_t dynamic_shared, unsigned) {
   return guarded([&] {
     Runtime& runtime = Runtime::get();
     const DeviceModel& device = device_model(static_cast<int>(runtime.options().sm_version));
@@ -216,12 +211,10 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
                                                           size_t dynamic_shared) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, dynamic_shared,
-                                                                0);
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, dynamic_shared, 0);
 }
 
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
-                                           const cudaLaunchConfig_t* config) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function, const cudaLaunchConfig_t* config) {
   return guarded([&] {
     Runtime& runtime = Runtime::get();
     const Options options = runtime.options();
@@ -237,14 +230,13 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
     Launch launch{cluster, to_dim3(config->blockDim), cluster, shared_bytes(config->dynamicSmemBytes), {}};
     const Refusal refusal = check_launch(device, *kernel.info, kernel.limits, launch);
     if (refusal.error) throw ApiError(static_cast<cudaError_t>(refusal.error), refusal.reason);
-    const int per_sm = occupancy(device, *kernel.info, static_cast<int>(launch.block.count()),
-                                 launch.dynamic_shared_bytes);
+    const int per_sm =
+        occupancy(device, *kernel.info, static_cast<int>(launch.block.count()), launch.dynamic_shared_bytes);
     *clusters = static_cast<int>(uint64_t{options.num_sms} * per_sm / cluster.count());
   });
 }
 
-cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* function,
-                                                 const cudaLaunchConfig_t*) {
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* function, const cudaLaunchConfig_t*) {
   return guarded([&] {
     Runtime& runtime = Runtime::get();
     const bool clusters = device_model(static_cast<int>(runtime.options().sm_version)).has_clusters();

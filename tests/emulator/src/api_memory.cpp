@@ -15,9 +15,8 @@ char* symbol_range(const void* symbol, size_t offset, size_t bytes) {
   size_t size = 0;
   char* const address = static_cast<char*>(Runtime::get().symbol_address(symbol, &size));
   if (offset > size || bytes > size - offset) {
-    throw ApiError(cudaErrorInvalidValue, "bytes " + std::to_string(offset) + " to " +
-                                              std::to_string(offset + bytes) + " of a variable of " +
-                                              std::to_string(size) + " bytes");
+    throw ApiError(cudaErrorInvalidValue, "bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) +
+                                              " of a variable of " + std::to_string(size) + " bytes");
   }
   return address + offset;
 }
@@ -47,14 +46,13 @@ cudaError_t copy(void* to, const void* from, size_t bytes) {
   });
 }
 
-cudaError_t copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                      size_t height) {
+cudaError_t copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height) {
   if (width > to_pitch || width > from_pitch) {
     return fail(cudaErrorInvalidPitchValue, "rows are wider than the pitch");
   }
   for (size_t row = 0; row < height; ++row) {
-    const cudaError_t error = copy(static_cast<char*>(to) + row * to_pitch,
-                                   static_cast<const char*>(from) + row * from_pitch, width);
+    const cudaError_t error =
+        copy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
     if (error) return error;
   }
   return cudaSuccess;
@@ -111,16 +109,14 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  return copy(to, from, bytes);
-}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) { return copy(to, from, bytes); }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return copy(to, from, bytes);
 }
 
-cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                         size_t height, cudaMemcpyKind) {
+cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
+                         cudaMemcpyKind) {
   return copy_rows(to, to_pitch, from, from_pitch, width, height);
 }
 
@@ -131,9 +127,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 
 cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill(to, value, bytes); }
 
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return fill(to, value, bytes);
-}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return fill(to, value, bytes); }
 
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   return guarded([&] { *address = symbol_range(symbol, 0, 0); });
@@ -143,8 +137,7 @@ cudaError_t cudaGetSymbolSize(size_t* size, const void* symbol) {
   return guarded([&] { Runtime::get().symbol_address(symbol, size); });
 }
 
-cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset,
-                               cudaMemcpyKind) {
+cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind) {
   return guarded([&] { std::memcpy(symbol_range(symbol, offset, bytes), from, bytes); });
 }
 
@@ -153,13 +146,12 @@ cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t
   return cudaMemcpyToSymbol(symbol, from, bytes, offset, kind);
 }
 
-cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset,
-                                 cudaMemcpyKind) {
+cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind) {
   return guarded([&] { std::memcpy(to, symbol_range(symbol, offset, bytes), bytes); });
 }
 
-cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* symbol, size_t bytes, size_t offset,
-                                      cudaMemcpyKind kind, cudaStream_t) {
+cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind kind,
+                                      cudaStream_t) {
   return cudaMemcpyFromSymbol(to, symbol, bytes, offset, kind);
 }
 

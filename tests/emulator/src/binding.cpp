@@ -29,9 +29,12 @@ Role parse_role(const std::string& name) {
 std::string schedule_name(const Options& options) {
   if (options.adversarial) return "adversarial";
   switch (options.asynchrony) {
-    case Asynchrony::kEarly: return "early";
-    case Asynchrony::kLate: return "late";
-    case Asynchrony::kRandom: break;
+    case Asynchrony::kEarly:
+      return "early";
+    case Asynchrony::kLate:
+      return "late";
+    case Asynchrony::kRandom:
+      break;
   }
   return "random";
 }
@@ -92,21 +95,20 @@ void translate(std::exception_ptr pointer) {
 void define_exceptions(py::module_& m) {
   const auto define = [&](const char* name, const char* doc, py::handle base) {
     const std::string qualified = std::string("_emulator.") + name;
-    auto type = py::reinterpret_steal<py::object>(
-        PyErr_NewExceptionWithDoc(qualified.c_str(), doc, base.ptr(), nullptr));
+    auto type =
+        py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(qualified.c_str(), doc, base.ptr(), nullptr));
     if (!type) throw py::error_already_set();
     m.attr(name) = type;
     return type;
   };
-  exceptions().emulator = define(
-      "EmulatorError",
-      "A fault of an emulated kernel: kind, message, kernel, file, line, ptx_line, ptx, cta, warp, "
-      "lanes, address.",
-      PyExc_RuntimeError);
-  exceptions().load = define("LoadError", "Text that is not PTX, or a broken fat binary.",
-                             exceptions().emulator);
-  exceptions().launch = define("LaunchError", "An unknown kernel, or a launch beyond the limits.",
-                               exceptions().emulator);
+  exceptions().emulator =
+      define("EmulatorError",
+             "A fault of an emulated kernel: kind, message, kernel, file, line, ptx_line, ptx, cta, warp, "
+             "lanes, address.",
+             PyExc_RuntimeError);
+  exceptions().load = define("LoadError", "Text that is not PTX, or a broken fat binary.", exceptions().emulator);
+  exceptions().launch =
+      define("LaunchError", "An unknown kernel, or a launch beyond the limits.", exceptions().emulator);
   py::register_local_exception_translator(&translate);
 }
 
@@ -127,9 +129,9 @@ py::dict describe_kernel(const KernelInfo& info) {
   return out;
 }
 
-Report launch_kernel(const Module& module, const std::string& kernel, const Triple& grid,
-                     const Triple& block, const std::string& params, const std::vector<Range>& ranges,
-                     uint32_t shared, const Triple& cluster, const std::optional<Options>& given) {
+Report launch_kernel(const Module& module, const std::string& kernel, const Triple& grid, const Triple& block,
+                     const std::string& params, const std::vector<Range>& ranges, uint32_t shared,
+                     const Triple& cluster, const std::optional<Options>& given) {
   const Options options = given ? *given : Runtime::get().options();
   const KernelInfo* info = module.find_kernel(kernel);
   if (!info) throw LaunchError("no kernel '" + kernel + "' in this PTX");
@@ -145,8 +147,7 @@ Report launch_kernel(const Module& module, const std::string& kernel, const Trip
                       std::to_string(info->param_bytes) + " expected");
   }
   const DeviceModel& device = device_model(static_cast<int>(options.sm_version));
-  const KernelLimits limits{
-      device.shared_per_cta_optin - static_cast<int>(info->static_shared_bytes), true};
+  const KernelLimits limits{device.shared_per_cta_optin - static_cast<int>(info->static_shared_bytes), true};
   const Refusal refusal = check_launch(device, *info, limits, launch);
   if (refusal.error) throw LaunchError(kernel + ": " + refusal.reason);
   MemoryMap memory;
@@ -166,17 +167,17 @@ py::memoryview symbol(const Module& module, const std::string& name) {
 
 py::bytes encode_map(int type, uint64_t address, const std::vector<uint64_t>& dims,
                      const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box,
-                     const std::vector<uint32_t>& element_strides, int swizzle, int interleave,
-                     int l2_promotion, int oob_fill) {
-  if (dims.size() != box.size() || dims.size() != element_strides.size() ||
-      strides.size() + 1 != dims.size()) {
-    throw std::invalid_argument("a tensor map of rank r takes r sizes, r - 1 strides, r box sizes and r "
-                                "element strides");
+                     const std::vector<uint32_t>& element_strides, int swizzle, int interleave, int l2_promotion,
+                     int oob_fill) {
+  if (dims.size() != box.size() || dims.size() != element_strides.size() || strides.size() + 1 != dims.size()) {
+    throw std::invalid_argument(
+        "a tensor map of rank r takes r sizes, r - 1 strides, r box sizes and r "
+        "element strides");
   }
   alignas(64) char opaque[128] = {};
   const std::string refusal =
-      encode_tensor_map({type, static_cast<uint32_t>(dims.size()), address, dims.data(), strides.data(),
-                         box.data(), element_strides.data(), interleave, swizzle, l2_promotion, oob_fill},
+      encode_tensor_map({type, static_cast<uint32_t>(dims.size()), address, dims.data(), strides.data(), box.data(),
+                         element_strides.data(), interleave, swizzle, l2_promotion, oob_fill},
                         opaque);
   if (!refusal.empty()) throw std::invalid_argument("cuTensorMapEncodeTiled: " + refusal);
   return py::bytes(opaque, sizeof(opaque));
@@ -213,8 +214,7 @@ void define_options(py::module_& m) {
       .def_property(
           "sm", [](const Options& o) { return o.sm_version; },
           [](Options& o, int version) { o.sm_version = device_model(version).sm_version; })
-      .def_property("schedule", &schedule_name,
-                    [](Options& o, const std::string& name) { apply_schedule(name, &o); })
+      .def_property("schedule", &schedule_name, [](Options& o, const std::string& name) { apply_schedule(name, &o); })
       .def("__repr__", [](const Options& o) {
         return "Options(sm=" + std::to_string(o.sm_version) + ", sms=" + std::to_string(o.num_sms) +
                ", seed=" + std::to_string(o.seed) + ", schedule='" + schedule_name(o) +
@@ -271,8 +271,7 @@ PYBIND11_MODULE(_emulator, m) {
   define_options(m);
   define_reports(m);
 
-  py::class_<Module, std::shared_ptr<Module>>(m, "Module", py::module_local(),
-                                               "Kernels and variables of one PTX text.")
+  py::class_<Module, std::shared_ptr<Module>>(m, "Module", py::module_local(), "Kernels and variables of one PTX text.")
       .def(py::init([](const std::string& ptx, const std::string& name) { return Module::load(ptx, name); }),
            py::arg("ptx"), py::arg("name") = "module")
       .def("kernel_names", &Module::kernel_names)
@@ -287,26 +286,24 @@ PYBIND11_MODULE(_emulator, m) {
         py::arg("params"), py::arg("memory"), py::arg("shared") = 0, py::arg("cluster") = Triple{1, 1, 1},
         py::arg("options") = py::none(),
         "Runs a kernel; memory lists (address, bytes, role, name) of what it may touch.");
-  m.def("encode_tensor_map", &encode_map, py::arg("type"), py::arg("address"), py::arg("dims"),
-        py::arg("strides"), py::arg("box"), py::arg("element_strides"), py::arg("swizzle") = 0,
-        py::arg("interleave") = 0, py::arg("l2_promotion") = 0, py::arg("oob_fill") = 0,
+  m.def("encode_tensor_map", &encode_map, py::arg("type"), py::arg("address"), py::arg("dims"), py::arg("strides"),
+        py::arg("box"), py::arg("element_strides"), py::arg("swizzle") = 0, py::arg("interleave") = 0,
+        py::arg("l2_promotion") = 0, py::arg("oob_fill") = 0,
         "128 bytes as cuTensorMapEncodeTiled writes them; enumerators by value, innermost first.");
   m.def("parse_fatbin", &list_fatbin, "(kind, architecture, PTX or None) of each image.");
 
   m.def("kernels", [] { return Runtime::get().kernel_names(); }, "Kernels of loaded extensions.");
-  m.def("kernel_ptx", [](const std::string& name) { return Runtime::get().kernel_ptx(name); },
-        "The PTX that launches of this kernel run on the emulated architecture.");
+  m.def(
+      "kernel_ptx", [](const std::string& name) { return Runtime::get().kernel_ptx(name); },
+      "The PTX that launches of this kernel run on the emulated architecture.");
   m.def(
       "replace_ptx",
-      [](const std::string& name, const std::optional<std::string>& ptx) {
-        Runtime::get().replace_ptx(name, ptx);
-      },
+      [](const std::string& name, const std::optional<std::string>& ptx) { Runtime::get().replace_ptx(name, ptx); },
       py::arg("kernel"), py::arg("ptx"), "Runs other PTX for a kernel's translation unit; None undoes it.");
   m.def("take_diagnostic", &take_diagnostic,
         "The EmulatorError behind this thread's last failed launch, or None; forgets it.");
   m.def("last_message", [] { return thread_errors().message; }, "Why the last runtime call failed.");
-  m.def("register_memory", [](uint64_t address, size_t bytes, const std::string& role,
-                              const std::string& name) {
+  m.def("register_memory", [](uint64_t address, size_t bytes, const std::string& role, const std::string& name) {
     Runtime::get().memory().add(reinterpret_cast<const void*>(address), bytes, parse_role(role), name);
   });
   m.def("clear_memory", [] { Runtime::get().memory().clear(); });

@@ -302,6 +302,8 @@ void ClusterChecks::fence(const Where& at, Scope scope) {
   me.fence_acquire = nullptr;
   me.fence_release = s.snapshot(me.clock);
   me.fence_scope = scope;
+  // fence.mbarrier_init is the light form of this one.
+  if (scope >= Scope::kCluster) fence_mbarrier_init(at);
   me.tick();
 }
 
@@ -379,6 +381,7 @@ void ClusterChecks::cluster_arrive(const Where& at, bool release) {
   WarpShadow& me = s.warp(at);
   if (release) {
     s.cluster_arrived.join(me.clock);
+    fence_mbarrier_init(at);
   } else if (me.fence_release && me.fence_scope >= Scope::kCluster) {
     s.absorb(s.cluster_arrived, me.fence_release);
   }

@@ -45,19 +45,15 @@ Refusal check_cluster(const DeviceModel& device, const KernelInfo& kernel, const
   }
   if (c.count() == 1) return {};
   if (!device.has_clusters()) {
-    return refuse(cudaErrorNotSupported, "clusters need sm90 or later, the device is sm",
-                  device.sm_version);
+    return refuse(cudaErrorNotSupported, "clusters need sm90 or later, the device is sm", device.sm_version);
   }
   const uint64_t limit = limits.non_portable_cluster ? kMaxClusterSize : kPortableClusterSize;
   if (c.count() > limit) {
     return refuse(cudaErrorInvalidClusterSize, "cluster of ", c.count(), " CTAs, the limit is ", limit,
-                  limits.non_portable_cluster
-                      ? ""
-                      : " without cudaFuncAttributeNonPortableClusterSizeAllowed");
+                  limits.non_portable_cluster ? "" : " without cudaFuncAttributeNonPortableClusterSizeAllowed");
   }
   if (launch.grid.x % c.x || launch.grid.y % c.y || launch.grid.z % c.z) {
-    return refuse(cudaErrorInvalidValue, "grid ", text(launch.grid), " is not a multiple of the cluster ",
-                  text(c));
+    return refuse(cudaErrorInvalidValue, "grid ", text(launch.grid), " is not a multiple of the cluster ", text(c));
   }
   return {};
 }
@@ -112,8 +108,7 @@ Refusal check_launch(const DeviceModel& device, const KernelInfo& kernel, const 
     return refuse(cudaErrorInvalidConfiguration, "grid ", text(grid),
                   " is outside (1..2147483647, 1..65535, 1..65535)");
   }
-  if (block.count() == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 ||
-      block.count() > kMaxThreadsPerCta) {
+  if (block.count() == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || block.count() > kMaxThreadsPerCta) {
     return refuse(cudaErrorInvalidConfiguration, "block ", text(block),
                   " is outside (1..1024, 1..1024, 1..64) or has more than 1024 threads");
   }
@@ -127,11 +122,10 @@ Refusal check_launch(const DeviceModel& device, const KernelInfo& kernel, const 
   }
   const int allowed = max_dynamic_shared(kernel, limits);
   if (static_cast<int64_t>(launch.dynamic_shared_bytes) > allowed) {
-    return refuse(cudaErrorInvalidValue, launch.dynamic_shared_bytes,
-                  " bytes of dynamic shared memory, but ", allowed, " are allowed",
-                  limits.max_dynamic_shared < 0
-                      ? " without cudaFuncAttributeMaxDynamicSharedMemorySize"
-                      : " by cudaFuncAttributeMaxDynamicSharedMemorySize");
+    return refuse(cudaErrorInvalidValue, launch.dynamic_shared_bytes, " bytes of dynamic shared memory, but ", allowed,
+                  " are allowed",
+                  limits.max_dynamic_shared < 0 ? " without cudaFuncAttributeMaxDynamicSharedMemorySize"
+                                                : " by cudaFuncAttributeMaxDynamicSharedMemorySize");
   }
   const size_t shared = kernel.static_shared_bytes + launch.dynamic_shared_bytes;
   if (shared > static_cast<size_t>(device.shared_per_cta_optin)) {

@@ -13,6 +13,10 @@ constexpr uint32_t kMaxCount = (1 << 20) - 1;
 // deadlock; try_wait waits at once.
 constexpr uint32_t kPatience = 3;
 
+// What arrive returns: the phase before it, and how many arrivals that still expected.
+constexpr uint32_t kCountBits = 20;
+uint64_t make_token(const Mbarrier& b) { return b.phase << kCountBits | static_cast<uint64_t>(b.pending); }
+
 std::string hex(uint64_t value) {
   char text[24];
   std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(value));
@@ -134,7 +138,7 @@ Status arrive_lanes(Warp& w, const Inst& i, Mask mask) {
     for (int l = leader; l < kLanes; ++l) {
       if (!(rest >> l & 1) || addresses[l] != addresses[leader]) continue;
       group |= 1u << l;
-      tokens[l] = b.phase;
+      tokens[l] = make_token(b);
       const uint32_t n = i.a == kNoRef ? 1 : in<uint32_t>(w, i.a)[l];
       if (flags & kExpect) {
         const uint32_t bytes = in<uint32_t>(w, i.c)[l];
@@ -199,7 +203,7 @@ Status wait(Warp& w, const Inst& i, Mask mask) {
       b = &need_mbarrier(w, 1u << l, *p.cta, p.offset);
       last_address = addresses[l];
     }
-    const uint64_t phase = flags & kParity ? in<uint32_t>(w, i.a)[l] & 1 : in<uint64_t>(w, i.a)[l];
+    const uint64_t phase = flags & kParity ? in<uint32_t>(w, i.a)[l] & 1 : in<uint64_t>(w, i.a)[l] >> kCountBits;
     const bool done = flags & kParity ? (b->phase & 1) != phase : b->phase != phase;
     ready |= Mask(done) << l;
     if (!done && !waited) {
@@ -256,6 +260,14 @@ Status wait(Warp& w, const Inst& i, Mask mask) {
   if (w.checks) w.checks->mbarrier_wait(w.where(mask), first.cta->rank, first.offset, false, flags & kAcquire);
   write_predicate(w, i.d, mask, ready);
   return Status::kYield;
+}
+
+Status pending_count(Warp& w, const Inst& i, Mask mask) {
+  const uint64_t* token = in<uint64_t>(w, i.a);
+  alignas(64) uint32_t result[kLanes];
+  for (int l = 0; l < kLanes; ++l) result[l] = static_cast<uint32_t>(token[l] & kMaxCount);
+  store_lanes(at<uint32_t>(w, i.d), result, mask);
+  return Status::kNext;
 }
 
 // mapa and getctarank: aux bit 0: 64-bit generic addresses.
@@ -446,7 +458,11 @@ bool decode_mbarrier(Decoder& d) {
     in.a = d.source(2, p.has("parity") ? PtxType::kU32 : PtxType::kB64);
     in.d = d.predicate_destination(d.operand(0));
   } else if (what == "pending_count") {
-    d.unsupported();
+    in.run = pending_count;
+    in.a = d.source(1, PtxType::kB64);
+    in.d = d.destination(0, PtxType::kU32);
+    d.emit(in);
+    return true;
   } else {
     return false;
   }

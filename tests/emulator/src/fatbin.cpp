@@ -146,8 +146,7 @@ std::vector<FatbinImage> parse_fatbin(const void* data, size_t max_size) {
       image.payload = {at + entry.header_size, entry.padded_size};
       image.size = entry.padded_size;
       if (entry.flags & (kFlagLz4 | kFlagZstd)) {
-        image.compression = entry.flags & kFlagLz4 ? FatbinImage::Compression::kLz4
-                                                   : FatbinImage::Compression::kZstd;
+        image.compression = entry.flags & kFlagLz4 ? FatbinImage::Compression::kLz4 : FatbinImage::Compression::kZstd;
         if (entry.compressed_size > entry.padded_size) {
           throw FatbinError("fat binary: a compressed image reaches beyond its end");
         }
@@ -174,7 +173,8 @@ std::string ptx_text(const FatbinImage& image) {
       text.resize(std::min(text.find('\0'), text.size()));
       return text;
     }
-    case FatbinImage::Compression::kNone: break;
+    case FatbinImage::Compression::kNone:
+      break;
   }
   return std::string(image.payload.substr(0, image.payload.find('\0')));
 }

@@ -237,7 +237,7 @@ void collect_report(const LaunchContext& launch, const std::vector<std::unique_p
   }
   for (uint32_t i = 0; i < counts.size(); ++i) {
     // Of the steps that one instruction became, the last one counts.
-    const bool last = i + 1 == counts.size() || program.code[i + 1].source != program.code[i].source;
+    const bool last = i + 2 >= counts.size() || program.code[i + 1].source != program.code[i].source;
     if (!counts[i] || !last) continue;
     const SourcePlace place = place_of(launch, i);
     const LineTraffic& t = traffic[i];

@@ -465,10 +465,10 @@ class Parser {
         if (count < 0 || count > 1 << 22) fail("bad register count");
         expect('>');
         scope.families.push_back({id, first, static_cast<uint32_t>(count)});
-        for (int64_t i = 0; i < count; ++i) function_->registers.push_back({id, type});
+        for (int32_t i = 0; i < count; ++i) function_->registers.push_back({id, i, type});
       } else {
         scope.registers[id] = first;
-        function_->registers.push_back({id, type});
+        function_->registers.push_back({id, -1, type});
       }
     } while (accept(','));
     expect(';');

@@ -96,8 +96,10 @@ struct PtxVariable {
 };
 
 struct PtxRegister {
-  std::string_view name;
+  std::string_view name;  // of .reg .b32 %r<9>: "%r"
+  int32_t number;         // in such a family; -1: none
   PtxType type;
+  std::string full_name() const { return std::string(name) + (number < 0 ? "" : std::to_string(number)); }
 };
 
 struct PtxLabel {

@@ -161,10 +161,18 @@ Kernel* Runtime::find_kernel(const void* function) {
 
 Kernel* Runtime::find_by_name(const std::string& name) {
   std::lock_guard lock(mutex_);
+  Kernel* found = nullptr;
   for (const auto& [host, kernel] : kernels_) {
-    if (kernel->name == name) return kernel.get();
+    if (kernel->name != name) continue;
+    // Extensions for different GPUs may share names: one that this GPU runs comes first.
+    std::string why;
+    found = kernel.get();
+    if (select_ptx(found->binary->images, {static_cast<int>(options_.sm_version), 0}, &why)) break;
   }
-  throw ApiError(cudaErrorInvalidDeviceFunction, "no kernel named '" + name + "' is registered");
+  if (!found) {
+    throw ApiError(cudaErrorInvalidDeviceFunction, "no kernel named '" + name + "' is registered");
+  }
+  return found;
 }
 
 std::shared_ptr<Module> Runtime::load_module(FatBinary& binary) {
@@ -240,8 +248,7 @@ void Runtime::run(const void* function, Launch launch, void** arguments, bool co
     throw ApiError(static_cast<cudaError_t>(refusal.error), info.name + ": " + refusal.reason);
   }
   if (cooperative) {
-    const int per_sm = occupancy(device, info, static_cast<int>(launch.block.count()),
-                                 launch.dynamic_shared_bytes);
+    const int per_sm = occupancy(device, info, static_cast<int>(launch.block.count()), launch.dynamic_shared_bytes);
     if (launch.grid.count() > uint64_t{options.num_sms} * per_sm) {
       throw ApiError(cudaErrorCooperativeLaunchTooLarge,
                      info.name + ": " + std::to_string(launch.grid.count()) + " CTAs, but only " +
@@ -273,8 +280,8 @@ void Runtime::record(const Launch& launch, Report report) {
   report.printed.clear();
   std::lock_guard lock(mutex_);
   if (launches_.size() == kMaxLaunchRecords) launches_.pop_front();
-  launches_.push_back({report.kernel, launch.grid, launch.block, launch.cluster,
-                       launch.dynamic_shared_bytes, report.warp_instructions, report.seconds});
+  launches_.push_back({report.kernel, launch.grid, launch.block, launch.cluster, launch.dynamic_shared_bytes,
+                       report.warp_instructions, report.seconds});
   const auto at = reports_.find(report.kernel);
   // A kernel whose PTX was replaced, or that runs for another GPU, starts afresh.
   if (at == reports_.end() || at->second.blocks.size() != report.blocks.size()) {

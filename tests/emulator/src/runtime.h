@@ -122,10 +122,10 @@ void apply_schedule(const std::string& name, Options* options);
 
 // The error state of the calling thread.
 struct ThreadErrors {
-  cudaError_t last = cudaSuccess;    // until cudaGetLastError
-  cudaError_t code = cudaSuccess;    // of `message`
-  std::string message;               // of the last failed call
-  std::optional<Fault> diagnostic;   // of the last launch that the emulator stopped
+  cudaError_t last = cudaSuccess;   // until cudaGetLastError
+  cudaError_t code = cudaSuccess;   // of `message`
+  std::string message;              // of the last failed call
+  std::optional<Fault> diagnostic;  // of the last launch that the emulator stopped
 };
 ThreadErrors& thread_errors();
 cudaError_t fail(cudaError_t code, const std::string& message);

@@ -67,9 +67,16 @@ void merge_paths(Warp& w) {
   }
 }
 
-bool stands_at(const Warp& w, const Path& path, const Inst& inst, uint32_t pc) {
-  if (path.pc == pc) return true;
-  return (inst.flags & kFlagAnyPlace) && (w.code[path.pc].flags & kFlagAnyPlace);
+// The lanes that `inst` names, as the first lane of `mask` says.
+Mask member_mask(const Warp& w, const Inst& inst, Mask mask) {
+  return inst.member == kNoRef ? kFullMask : in<uint32_t>(w, inst.member)[first_lane(mask)];
+}
+
+// Whether a path waits for the very lanes that execute `inst` at `pc` for the lanes `member`.
+bool stands_with(const Warp& w, const Path& path, const Inst& inst, uint32_t pc, Mask member) {
+  const Inst& other = w.code[path.pc];
+  const bool same_place = path.pc == pc || (inst.flags & other.flags & kFlagAnyPlace);
+  return same_place && member_mask(w, other, path.mask) == member;
 }
 
 enum class Gathered { kRun, kWait };
@@ -78,12 +85,12 @@ enum class Gathered { kRun, kWait };
 Gathered gather(Warp& w, const Inst& inst, uint32_t pc, Mask& mask) {
   const Mask path_mask = w.path->mask;
   Mask arrived = path_mask;
-  Mask need = w.live;
-  if (inst.member != kNoRef) need = in<uint32_t>(w, inst.member)[first_lane(mask)] & w.live;
+  const Mask member = member_mask(w, inst, mask);
+  const Mask need = member & w.live;
   if ((arrived & need) == need) return Gathered::kRun;
   Mask all = mask;
   for (const Path& other : w.paths) {
-    if (&other == w.path || !stands_at(w, other, inst, pc)) continue;
+    if (&other == w.path || !stands_with(w, other, inst, pc, member)) continue;
     arrived |= other.mask;
     all |= inst.guard == kNoRef ? other.mask : other.mask & read_predicate(w, inst.guard);
   }
@@ -164,7 +171,10 @@ uint64_t run_warp(Warp& w, uint64_t slice) {
         }
         together = true;
       }
-      if constexpr (kChecked) check_registers(w, inst, pc, path_mask, mask);
+      // Lanes that stand elsewhere have operands of their own.
+      if constexpr (kChecked) {
+        check_registers(w, inst, pc, path_mask, inst.flags & kFlagAnyPlace ? mask & path_mask : mask);
+      }
       const Status status = inst.run(w, inst, mask);
       if (status == Status::kBlocked) {
         ++blocked;
@@ -184,8 +194,9 @@ uint64_t run_warp(Warp& w, uint64_t slice) {
       }
       ++pc;
       if (together) [[unlikely]] {
+        const Mask member = member_mask(w, inst, mask);
         for (Path& path : w.paths) {
-          if (stands_at(w, path, inst, pc - 1)) ++path.pc;
+          if (stands_with(w, path, inst, pc - 1, member)) ++path.pc;
         }
         merge_paths(w);
         w.current = 0;
@@ -212,6 +223,27 @@ bool force_timeouts(Cluster& cluster) {
           path.wait.forced_timeout = true;
           any = true;
         }
+      }
+    }
+  }
+  return any;
+}
+
+// Lanes that wait at a join may be the very ones that others wait for in a .sync instruction: they
+// go on by themselves.
+bool release_waiting_lanes(Cluster& cluster) {
+  bool any = false;
+  for (auto& cta : cluster.ctas) {
+    for (Warp& w : cta->warps) {
+      const bool gathers =
+          std::any_of(w.paths.begin(), w.paths.end(), [](const Path& p) { return p.wait.kind == Wait::kGather; });
+      if (!gathers) continue;
+      for (Join& join : w.joins) {
+        if (!join.pending || !join.mask) continue;
+        w.paths.push_back({join.pc, join.mask, join.stop, join.parent, {}});
+        if (join.parent >= 0) ++w.joins[join.parent].pending;
+        join.mask = 0;
+        any = true;
       }
     }
   }
@@ -324,7 +356,7 @@ bool run_cluster(Cluster& cluster, uint64_t budget) {
       }
       continue;
     }
-    if (force_one(cluster) || force_timeouts(cluster)) continue;
+    if (release_waiting_lanes(cluster) || force_one(cluster) || force_timeouts(cluster)) continue;
     stop_running(cluster, "deadlock", "no warp can go on");
   }
   const uint64_t total = launch.executed += executed;

@@ -401,6 +401,15 @@ void barriers_and_clusters() {
   };
   run("remote arrive, waited for", nullptr, [=](Scene& s) { remote_arrive(s, true, true); }, 2);
   run("remote arrive on a dead CTA", fault_kind::kClusterExit, [=](Scene& s) { remote_arrive(s, false, true); }, 2);
+  const auto released_init = [=](Scene& s, bool by_fence) {
+    s.c().mbarrier_init(s.lane0(0), 0, kBarrier, 1);
+    if (by_fence) s.c().fence(s.lane0(0), Scope::kCluster);
+    cluster_sync(s, !by_fence);
+    const SharedRange to{kBuffer, 1024};
+    s.c().async_load(s.lane0(3), 0, {&to, 1}, kBarrier, {});
+  };
+  run("initialisation released by the cluster barrier", nullptr, [=](Scene& s) { released_init(s, false); }, 2);
+  run("initialisation released by a fence", nullptr, [=](Scene& s) { released_init(s, true); }, 2);
   run(
       "initialisation not fenced for the cluster", fault_kind::kMbarrier,
       [=](Scene& s) { remote_arrive(s, true, false); }, 2);

@@ -6,6 +6,12 @@
     if (const cudaError_t error = (call)) return error; \
   } while (0)
 
+// Returns an error and forgets it, so that it is not blamed on the next call.
+static int forget(cudaError_t error) {
+  (void)cudaGetLastError();
+  return error;
+}
+
 extern "C" __global__ void twice(int* x, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) x[i] = static_cast<unsigned>(x[i]) << 1;
@@ -53,9 +59,14 @@ extern "C" int device(int* out) {
   int attribute = 0;
   TRY(cudaDeviceGetAttribute(&attribute, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
   if (static_cast<size_t>(attribute) != p.sharedMemPerBlockOptin) return -1;
-  const int values[] = {p.major, p.minor, p.multiProcessorCount, attribute,
-                        static_cast<int>(p.sharedMemPerMultiprocessor), p.maxThreadsPerMultiProcessor,
-                        p.maxBlocksPerMultiProcessor, p.clusterLaunch};
+  const int values[] = {p.major,
+                        p.minor,
+                        p.multiProcessorCount,
+                        attribute,
+                        static_cast<int>(p.sharedMemPerMultiprocessor),
+                        p.maxThreadsPerMultiProcessor,
+                        p.maxBlocksPerMultiProcessor,
+                        p.clusterLaunch};
   for (int i = 0; i < 8; ++i) out[i] = values[i];
   TRY(cudaGetDeviceCount(out + 8));
   TRY(cudaGetDevice(out + 9));
@@ -64,7 +75,7 @@ extern "C" int device(int* out) {
   return cudaSuccess;
 }
 
-extern "C" int other_device() { return cudaSetDevice(1); }
+extern "C" int other_device() { return forget(cudaSetDevice(1)); }
 
 extern "C" int round_trip(int* out, int n) {
   int* device;
@@ -72,7 +83,8 @@ extern "C" int round_trip(int* out, int n) {
   int* host = new int[n];
   for (int i = 0; i < n; ++i) host[i] = i;
   TRY(cudaMemcpy(device, host, n * sizeof(int), cudaMemcpyHostToDevice));
-  twice<<<(n + 127) / 128, n < 128 ? n : 128>>>(device, n);
+  const int block = n < 128 ? n : 128, grid = (n + 127) / 128;
+  twice<<<grid, block>>>(device, n);
   const cudaError_t error = cudaGetLastError();
   TRY(cudaMemcpy(host, device, n * sizeof(int), cudaMemcpyDeviceToHost));
   for (int i = 0; i < 64 && i < n; ++i) out[i] = host[i];
@@ -194,11 +206,12 @@ extern "C" int launch_config(int grid, int block, int shared, int cluster) {
 }
 
 extern "C" int set_shared_limit(int bytes) {
-  return cudaFuncSetAttribute(tuned, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return forget(cudaFuncSetAttribute(tuned, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 extern "C" int not_a_kernel() {
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&set_shared_limit), dim3(1), dim3(1), nullptr, 0, nullptr);
+  const void* const function = reinterpret_cast<const void*>(&set_shared_limit);
+  return forget(cudaLaunchKernel(function, dim3(1), dim3(1), nullptr, 0, nullptr));
 }
 
 extern "C" int on_pointer(int* x, int n) {
@@ -218,7 +231,7 @@ extern "C" int free_twice() {
   int* x;
   TRY(cudaMalloc(&x, 256));
   TRY(cudaFree(x));
-  return cudaFree(x);
+  return forget(cudaFree(x));
 }
 
 extern "C" const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
