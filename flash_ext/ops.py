@@ -124,10 +124,11 @@ def call(op, *arguments):
     try:
         return op(*arguments)
     except RuntimeError:
-        original, _lost.error = _lost.error, None
-        if original is None:
+        if _lost.error is None:
             raise
-        raise original from None
+        raise _lost.error from None
+    finally:
+        _lost.error = None  # its traceback holds the frames' tensors
 
 
 for _name, _implementation in (

@@ -218,6 +218,14 @@ SourcePlace place_of(const LaunchContext& launch, uint32_t pc) {
           std::string(in.opcode)};
 }
 
+// Where the line of an instruction was inlined.
+void add_caller(const Program& program, const PtxInstruction& in, Fault& f) {
+  if (!in.caller_line) return;
+  const auto caller = program.module->files.find(in.caller_file);
+  if (caller != program.module->files.end()) f.caller_file = caller->second;
+  f.caller_line = in.caller_line;
+}
+
 void collect_report(const LaunchContext& launch, const std::vector<std::unique_ptr<Worker>>& workers, Report& report) {
   const Program& program = *launch.program;
   std::vector<uint64_t> counts(program.code.size());
@@ -281,16 +289,10 @@ void fault_at(const LaunchContext& launch, uint32_t pc, const Cta* cta, uint32_t
   f.kind = kind;
   f.message = message;
   f.kernel = launch.kernel;
-  const PtxInstruction& in = launch.program->source(launch.program->code[pc]);
-  const auto& files = launch.program->module->files;
   const SourcePlace place = place_of(launch, pc);
   f.file = place.file;
   f.line = place.line;
-  if (in.caller_line) {
-    const auto caller = files.find(in.caller_file);
-    if (caller != files.end()) f.caller_file = caller->second;
-    f.caller_line = in.caller_line;
-  }
+  add_caller(*launch.program, launch.program->source(launch.program->code[pc]), f);
   f.ptx_line = place.ptx_line;
   f.ptx = place.ptx;
   if (cta) f.cta = cta->index;
@@ -463,9 +465,7 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
     LaunchInfo checked;
     checked.kernel = kernel;
     checked.locate = [&context](uint32_t pc) { return place_of(context, pc); };
-    checked.register_name = [&context](uint32_t id) {
-      return std::string(context.program->function->registers[id].name);
-    };
+    checked.register_name = [&context](uint32_t id) { return context.program->function->registers[id].full_name(); };
     context.checks = std::make_unique<LaunchChecks>(checked, *shadow);
   }
 
@@ -490,7 +490,13 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
   for (std::thread& thread : pool) thread.join();
 
   try {
-    if (context.checks && context.checks->failed()) throw Diagnostic(context.checks->faults().front());
+    if (context.checks && context.checks->failed()) {
+      Fault found = context.checks->faults().front();
+      for (const PtxInstruction& in : context.program->function->body) {
+        if (in.line == found.ptx_line) add_caller(*context.program, in, found);
+      }
+      throw Diagnostic(std::move(found));
+    }
     if (failure) std::rethrow_exception(failure);
   } catch (const Diagnostic& d) {
     if (context.printed.empty()) throw;
