@@ -62,7 +62,8 @@ def plot(run: Run, path: Path) -> None:
     panels = _panels(run)
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False)
+    width, height = 4.2 * columns, 3.4 * lines + 0.5  # inches; half of one for the legend
+    figure, grid = pyplot.subplots(lines, columns, figsize=(width, height), squeeze=False)
     cells = grid.flatten()
     for axes, ((title, unit), rows) in zip(cells, panels.items(), strict=False):
         _draw(axes, rows, run["implementations"], unit)
@@ -74,6 +75,6 @@ def plot(run: Run, path: Path) -> None:
         figure.legend(found.values(), found.keys(), loc="lower center", ncols=len(found), frameon=False)
     machine = run["machine"]
     figure.suptitle(f"{machine.get('gpu') or machine['cpu']}, commit {run['commit']}, {run['date'][:10]}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
+    figure.tight_layout(rect=(0, 0.4 / height, 1, 1 - 0.1 / height))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

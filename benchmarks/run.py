@@ -168,8 +168,8 @@ def _strict() -> Iterator[None]:
 
 
 def _progress(cases: list[Case]) -> Any:
-    """A progress bar on standard error; plain lines where tqdm is not installed."""
-    if importlib.util.find_spec("tqdm"):
+    """A progress bar on standard error; plain lines in a log, and where tqdm is not installed."""
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
         from tqdm import tqdm
 
         return tqdm(cases, unit="case", dynamic_ncols=True)

@@ -24,6 +24,11 @@ class FallbackWarning(UserWarning):
 EMULATE = os.environ.get("FLASH_EXT_EMULATE", "")
 EMULATE_SMS = os.environ.get("FLASH_EXT_EMULATE_SMS", "4")
 
+if EMULATE and EMULATE not in ("sm80", "sm86", "sm89", "sm90", "sm120"):
+    raise ValueError(f"FLASH_EXT_EMULATE must be sm80, sm86, sm89, sm90 or sm120, got {EMULATE!r}")
+if not EMULATE_SMS.isdigit() or int(EMULATE_SMS) == 0:
+    raise ValueError(f"FLASH_EXT_EMULATE_SMS must be a number of SMs above 0, got {EMULATE_SMS!r}")
+
 _reasons_already_given: set[str] = set()
 
 

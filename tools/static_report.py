@@ -220,7 +220,9 @@ class Loop:
 
 
 def fmas_of_a_tile(row: variants.Variant) -> int | None:
-    """Fused multiply-adds that one warpgroup does for one tile of a variant; None where the op is not a loop over tiles."""
+    """Fused multiply-adds that one warpgroup does for one tile of a Hopper variant; None where that is no measure of its loops."""
+    if row.arch != "sm90":
+        return None
     if row.op == "fwd":
         return CONSUMER_ROWS * row.block_n * (row.head_dim + row.head_dim_v)
     if row.op == "bwd":  # five products, shared by two warpgroups
@@ -303,8 +305,8 @@ def reports_of(build: Path) -> list[Report]:
 
 def _beside(row: variants.Variant, masked: bool) -> str:
     kind = "8" if row.dtype in ("e4m3", "fp8") else "16"
-    peer = FA3.get((row.op, kind, row.head_dim, f"{row.mask}, masked" if masked else row.mask))
-    if peer is None:
+    peer = row.arch == "sm90" and FA3.get((row.op, kind, row.head_dim, f"{row.mask}, masked" if masked else row.mask))
+    if not peer:
         return ""
     tile, instructions, _, _, tensor, mufu = peer
     added = 100 * tensor / (tensor + instructions)

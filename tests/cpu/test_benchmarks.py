@@ -344,7 +344,12 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "pip install" in capsys.readouterr().err
 
 
-def test_progress_without_tqdm(tmp_path: Path, tiny: None, monkeypatch, capsys) -> None:
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path, tiny: None, monkeypatch, capsys) -> None:
+    measured(tmp_path, "--impl", "math", "--pass", "fwd")
+    assert "1/1 tiny fwd bf16" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    measured(tmp_path, "--impl", "math", "--pass", "fwd")
+    assert "100%" in capsys.readouterr().err
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     measured(tmp_path, "--impl", "math", "--pass", "fwd")
     assert "1/1 tiny fwd bf16" in capsys.readouterr().err

@@ -372,6 +372,22 @@ def test_deterministic_follows_torch() -> None:
     assert given == [False, False, True, True, False, True]
 
 
+def test_a_result_without_a_gradient_costs_nothing() -> None:
+    """The backward is told that no gradient flows into lse, rather than given zeros."""
+    given = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is OPS.bwd.default:
+                given.append((args[0] is None, args[1] is None))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        flash_ext.attention(*qkv(requires_grad=True)).sum().backward()
+        flash_ext.attention(*qkv(requires_grad=True), return_lse=True)[1].sum().backward()
+    assert given == [(False, True), (True, False)]
+
+
 def test_concurrent_calls() -> None:
     names = (
         "gqa_113x203_d128_b2h6kv2_causal",

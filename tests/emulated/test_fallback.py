@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -69,3 +72,15 @@ def test_an_unavailable_backend_says_why(inputs: list[torch.Tensor]) -> None:
         flash_ext.attention(*inputs, backend="sm90")
     with pytest.raises(RuntimeError, match="backend 'sm90' cannot run this call; sm90: "):
         torch.ops.flash_ext.fwd(*(t.detach() for t in inputs), 1.0, False, -1, -1, 0.0, False, "sm90")
+
+
+@pytest.mark.parametrize(
+    "variable, value, words",
+    [("FLASH_EXT_EMULATE", "sm75", "sm80, sm86, sm89, sm90 or sm120, got 'sm75'"), ("FLASH_EXT_EMULATE_SMS", "0", "got '0'")],
+)
+def test_a_gpu_that_cannot_be_emulated_is_one_clear_error(variable: str, value: str, words: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", "import flash_ext"], env={**os.environ, variable: value}, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(f"ValueError: {variable} must be") and words in process.stderr

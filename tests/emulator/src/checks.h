@@ -57,10 +57,12 @@ struct Where {
 
 struct SharedRange {
   uint32_t offset, bytes;  // offset: shared::cta address in the window of its CTA
+  bool operator==(const SharedRange&) const = default;
 };
 struct GlobalRange {
   uint64_t address;
   uint32_t bytes;
+  bool operator==(const GlobalRange&) const = default;
 };
 
 // Where an instruction of the kernel stands, for people.

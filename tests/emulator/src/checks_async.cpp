@@ -292,10 +292,19 @@ void ClusterChecks::bulk_store(const Where& at, std::span<const SharedRange> sou
                                std::span<const GlobalRange> destinations, bool reduce) {
   State& s = *state_;
   BulkLane& bulk = s.bulk_lane(at);
-  const WarpShadow& me = s.warp(at);
+  WarpShadow& me = s.warp(at);
   const uint32_t group = bulk.committed + 1;
   bulk.last_read = group;
   bulk.last_pc = at.pc;
+  // CUTLASS's epilogue lets a whole warp issue one store.
+  const bool repeated = !reduce && me.store_pc == at.pc && bulk.lane > me.store_lane &&
+                        std::ranges::equal(sources, me.store_sources) &&
+                        std::ranges::equal(destinations, me.store_destinations);
+  me.store_pc = at.pc;
+  me.store_lane = bulk.lane;
+  if (repeated) return;
+  me.store_sources.assign(sources.begin(), sources.end());
+  me.store_destinations.assign(destinations.begin(), destinations.end());
   const Epoch read(bulk.read_agent, group, at.pc, Scope::kWeak, false);
   // The elements of a reduction are relaxed atomics of GPU scope.
   const Epoch write(bulk.write_agent, group, at.pc, reduce ? Scope::kGpu : Scope::kWeak, true);

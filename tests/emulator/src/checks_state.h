@@ -106,6 +106,10 @@ struct WarpShadow {
   uint32_t busy_until = 0;  // newest wgmma group that uses registers
   uint32_t cp_agent = 0, cp_committed = 0;
   std::vector<BulkLane> bulk;
+  // The last bulk store: lanes that execute it together with equal operands store equal bytes.
+  uint32_t store_pc = 0, store_lane = 0;
+  std::vector<SharedRange> store_sources;
+  std::vector<GlobalRange> store_destinations;
   uint32_t max_registers = 0;
 
   uint32_t now() const { return clock.order.get(agent); }

@@ -23,8 +23,8 @@ uint64_t align_up(uint64_t value, uint64_t alignment) { return (value + alignmen
 
 }  // namespace
 
-Decoder::Decoder(ModuleImpl& module, const PtxFunction& function, bool compact, uint32_t sm_version)
-    : module_(module), function_(function), compact_(compact), sm_version_(sm_version) {}
+Decoder::Decoder(ModuleImpl& module, const PtxFunction& function, uint32_t sm_version)
+    : module_(module), function_(function), sm_version_(sm_version) {}
 
 const PtxOperand& Decoder::operand(size_t i) const {
   if (i >= current_->operands.size()) unsupported("operand " + std::to_string(i + 1) + " is missing");
@@ -360,7 +360,7 @@ std::unique_ptr<Program> Decoder::run() {
   program_->uses.emplace_back();
   resolve_branches();
   find_reconvergence(*program_);
-  if (compact_) compact_registers(*program_, slots_);
+  compact_registers(*program_, slots_);
   return std::move(program_);
 }
 

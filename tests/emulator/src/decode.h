@@ -11,7 +11,7 @@ namespace flash_ext::emulator {
 
 class Decoder {
  public:
-  Decoder(ModuleImpl& module, const PtxFunction& function, bool compact, uint32_t sm_version);
+  Decoder(ModuleImpl& module, const PtxFunction& function, uint32_t sm_version);
   std::unique_ptr<Program> run();
 
   // -- for the families --
@@ -68,7 +68,6 @@ class Decoder {
 
   ModuleImpl& module_;
   const PtxFunction& function_;
-  bool compact_;
   uint32_t sm_version_;
   std::unique_ptr<Program> program_;
   const PtxInstruction* current_ = nullptr;

@@ -373,10 +373,10 @@ const PtxFunction* ModuleImpl::function(std::string_view name) const {
   return found == functions_.end() ? nullptr : found->second;
 }
 
-const Program& ModuleImpl::program(const std::string& kernel, bool compact, uint32_t sm_version) {
+const Program& ModuleImpl::program(const std::string& kernel, uint32_t sm_version) {
   const std::lock_guard lock(mutex_);
-  std::unique_ptr<Program>& program = programs_[kernel + (compact ? "/c" : "/w") + std::to_string(sm_version)];
-  if (!program) program = Decoder(*this, *function(kernel), compact, sm_version).run();
+  std::unique_ptr<Program>& program = programs_[{kernel, sm_version}];
+  if (!program) program = Decoder(*this, *function(kernel), sm_version).run();
   return *program;
 }
 
@@ -419,8 +419,7 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
   context.options.num_sms = std::max(1u, options.num_sms);
   context.memory = &memory;
   context.module = &module.impl();
-  const bool compact = !options.checks;
-  context.program = &module.impl().program(kernel, compact, options.sm_version);
+  context.program = &module.impl().program(kernel, options.sm_version);
   check_launch(*info, *context.program, context);
 
   AlignedBytes params(std::max<size_t>(info->param_bytes, 1)), constants(context.program->constants.size() * 4);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -117,7 +118,7 @@ class ModuleImpl {
   const std::unordered_map<std::string, KernelInfo>& kernels() const { return kernels_; }
   const PtxFunction* function(std::string_view name) const;
   // Decodes on first use; throws LoadError for what is not supported.
-  const Program& program(const std::string& kernel, bool compact, uint32_t sm_version);
+  const Program& program(const std::string& kernel, uint32_t sm_version);
 
  private:
   std::unique_ptr<PtxModule> ptx_;
@@ -126,7 +127,7 @@ class ModuleImpl {
   std::unordered_map<std::string, KernelInfo> kernels_;
   std::unordered_map<std::string_view, const PtxFunction*> functions_;
   std::mutex mutex_;
-  std::unordered_map<std::string, std::unique_ptr<Program>> programs_;
+  std::map<std::pair<std::string, uint32_t>, std::unique_ptr<Program>> programs_;
 };
 
 }  // namespace flash_ext::emulator

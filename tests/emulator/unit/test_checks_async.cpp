@@ -291,6 +291,17 @@ void bulk_stores() {
     const GlobalRange to{base, 128};
     other->bulk_store(s.lane0(0), {}, {&to, 1}, true);
   });
+  const auto by_lanes = [=](Scene& s, uint32_t apart) {
+    store(s, true);
+    const Where first = s.lane0(0);
+    for (uint32_t lane = 0; lane < 2; ++lane) {
+      const SharedRange from{kBuffer, 64};
+      const GlobalRange to{base + 256 + lane * apart, 64};
+      s.c().bulk_store({0, 0, 1u << lane, first.pc}, {&from, 1}, {&to, 1}, false);
+    }
+  };
+  run("one store issued by two lanes", nullptr, [=](Scene& s) { by_lanes(s, 0); });
+  run("two lanes store overlapping bytes", fault_kind::kGlobalRace, [=](Scene& s) { by_lanes(s, 32); });
   run("generic global writes loaded by TMA", fault_kind::kProxyFence, [=](Scene& s) {
     s.shadow().add(base, sizeof memory, Role::kWorkspace);
     s.init_barriers();
