@@ -92,8 +92,9 @@ void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& dev
   plan->grid = {std::max<int64_t>(1, std::min<int64_t>(device.num_sms, items)), 1, 1};  // persistent: a CTA an SM
   const std::pair<const char*, const TensorLayout*> inputs[] = {{"q", &problem.q}, {"k", &problem.k}, {"v", &problem.v}};
   for (const auto& [name, layout] : inputs) {
-    if (rows_are_16_byte_aligned(*layout, problem.dtype)) continue;
-    plan->copies.push_back(std::string(name) + ": base and strides must be multiples of 16 bytes");
+    const char* reason = why_copied(*layout, problem.dtype);
+    if (reason == nullptr) continue;
+    plan->copies.push_back(std::string(name) + ": " + reason);
     plan->workspace_bytes += element_size(problem.dtype) * layout->sizes[0] * layout->sizes[1] * layout->sizes[2] *
                              layout->sizes[3];
   }

@@ -19,12 +19,15 @@ const char* dtype_name(ScalarType dtype) {
   }
 }
 
-bool rows_are_16_byte_aligned(const TensorLayout& layout, ScalarType dtype) {
+const char* why_copied(const TensorLayout& layout, ScalarType dtype) {
+  constexpr int kRowDim = 1;
   const int64_t elements = 16 / element_size(dtype);
   for (int dim = 0; dim < 3; ++dim) {
-    if (layout.sizes[dim] > 1 && layout.strides[dim] % elements != 0) return false;
+    if (layout.sizes[dim] > 1 && layout.strides[dim] % elements != 0) return "base and strides must be multiples of 16 bytes";
   }
-  return layout.base_aligned;
+  if (!layout.base_aligned) return "base and strides must be multiples of 16 bytes";
+  if (layout.sizes[kRowDim] > 1 && layout.strides[kRowDim] == 0) return "rows must not share memory (seqlen stride 0)";
+  return nullptr;
 }
 
 }  // namespace flash_ext

@@ -38,8 +38,9 @@ struct FwdProblem {
 int element_size(ScalarType dtype);
 const char* dtype_name(ScalarType dtype);
 
-// Whether 16-byte accesses and TMA can read the tensor where it lies. Strides of dimensions of size 1 do not matter;
-// stride 0 (an expanded tensor) is fine.
-bool rows_are_16_byte_aligned(const TensorLayout& layout, ScalarType dtype);
+// Why 16-byte accesses and TMA cannot read the tensor where it lies, so that it is copied; null when they can. Strides of
+// dimensions of size 1 do not matter. Heads and batches may have stride 0 (an expanded tensor); for rows that is a case of
+// which cuTensorMapEncodeTiled's documentation says nothing.
+const char* why_copied(const TensorLayout& layout, ScalarType dtype);
 
 }  // namespace flash_ext

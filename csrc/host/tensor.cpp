@@ -73,7 +73,7 @@ FwdProblem fwd_problem_from_tensors(const Tensor& q, const Tensor& k, const Tens
 }
 
 Tensor with_aligned_rows(const Tensor& tensor) {
-  if (rows_are_16_byte_aligned(layout_of(tensor), scalar_type_of(tensor))) return tensor;
+  if (why_copied(layout_of(tensor), scalar_type_of(tensor)) == nullptr) return tensor;
   // contiguous() would return the same misaligned memory for a contiguous tensor with an odd offset: copy explicitly.
   Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
   torch::stable::copy_(copy, tensor);

@@ -26,7 +26,7 @@ FwdProblem fwd_problem_from_tensors(const Tensor& q, const Tensor& k, const Tens
                                     int64_t window_left, int64_t window_right, double softcap,
                                     const std::optional<std::string>& backend);
 
-// The tensor itself, or a contiguous copy when 16-byte accesses cannot read it where it lies.
+// The tensor itself, or a contiguous copy when why_copied() has a reason.
 Tensor with_aligned_rows(const Tensor& tensor);
 
 Tensor new_float32(const Tensor& like, std::initializer_list<int64_t> sizes);

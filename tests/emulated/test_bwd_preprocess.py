@@ -53,3 +53,17 @@ def test_unaligned_rows_are_copied(schedule) -> None:
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+def test_every_block_of_every_row_is_executed(schedule) -> None:
+    schedule("plain")
+    _emulator.reset_reports()
+    for dtype in (torch.bfloat16, torch.float16):
+        for head_dim_v in (64, 128, 256):
+            out = torch.ones(1, 3, 1, head_dim_v, dtype=dtype)
+            lse = torch.tensor([[[0.0, -torch.inf, 1.0]]])
+            for dlse in (None, torch.zeros(1, 1, 3)):
+                torch.ops.flash_ext.bwd_preprocess(out, out, lse, dlse)
+    reports = _emulator.reports()
+    assert len(reports) == 6
+    assert [(r.kernel, b.first_line) for r in reports for b in r.blocks if not b.executions] == []

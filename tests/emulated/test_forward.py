@@ -27,6 +27,7 @@ LONG = (
     Case("wrap", 900, 1100, batch=1, num_heads=2, num_heads_kv=2, head_dim=64),
     Case("wrap", 500, 800, batch=2, num_heads=2, num_heads_kv=1, head_dim=64, causal=True),
     Case("tall", 700, 200, batch=1, num_heads=2, num_heads_kv=2, head_dim=128, causal=True),
+    *(Case("no_key", 140, 0, head_dim=128, causal=causal) for causal in (False, True)),
     # A scale that is not positive rewrites Q in shared memory, in every stage of its ring.
     *(
         Case("wrap", 400, 300, num_heads_kv=1, head_dim=head_dim, causal=causal, softmax_scale=scale)
@@ -142,3 +143,16 @@ def test_a_copy_is_made_and_explained_for_unaligned_tensors(schedule) -> None:
     assert len(explanation.copies) == 1 and explanation.copies[0].startswith("k:")
     assert explanation.workspace_bytes == k.numel() * 2
     assert torch.equal(flash_ext.attention(q, odd, v), flash_ext.attention(q, k, v))
+
+
+def test_expanded_tensors_give_the_bits_of_their_copies(schedule) -> None:
+    """Stride 0: heads and batches are read where they lie, rows are copied."""
+    schedule("checks")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 150, 2, 64, generator=generator).bfloat16() for _ in range(3))
+    for dim, copied in ((0, ()), (2, ()), (1, ("k: rows must not share memory (seqlen stride 0)",))):
+        expanded = k.narrow(dim, 0, 1).expand(k.shape)
+        assert expanded.stride(dim) == 0
+        assert flash_ext.explain(q, expanded, v).copies == copied
+        expected = flash_ext.attention(q, expanded.contiguous(), v, backend=BACKEND)
+        assert torch.equal(flash_ext.attention(q, expanded, v, backend=BACKEND), expected)

@@ -104,7 +104,7 @@ ClusterChecks::State::State(LaunchChecks& launch_checks, ClusterShape cluster_sh
   table = std::make_shared<AgentTable>();
   table->ctas = shape.ctas;
   global.domains.push_back(table);
-  ctas.resize(shape.ctas.size());
+  ctas.resize(shape.ctas.size(), CtaShadow(shape.shared_bytes));
   for (uint32_t rank = 0; rank < ctas.size(); ++rank) {
     CtaShadow& cta = ctas[rank];
     cta.cells.resize((shape.shared_bytes + kGranule - 1) / kGranule);
@@ -304,6 +304,7 @@ void ClusterChecks::fence(const Where& at, Scope scope) {
   me.fence_scope = scope;
   // fence.mbarrier_init is the light form of this one.
   if (scope >= Scope::kCluster) fence_mbarrier_init(at);
+  ++me.lane_interval;
   me.tick();
 }
 
@@ -333,6 +334,8 @@ void ClusterChecks::fence_mbarrier_init(const Where& at) {
         barrier.fence_agent = me.agent;
       }
 }
+
+void ClusterChecks::warp_sync(const Where& at) { ++state_->warp(at).lane_interval; }
 
 // --- named and cluster barriers ------------------------------------------------------------------
 
@@ -367,6 +370,7 @@ void ClusterChecks::barrier_complete(uint32_t rank, uint32_t id, uint32_t waitin
   for (uint32_t left = waiting_warps; left; left &= left - 1) {
     WarpShadow& warp = cta.warps[__builtin_ctz(left)];
     warp.clock.join(barrier.arrived);
+    ++warp.lane_interval;
     // A fence by every thread on one side of the barrier and one relaxed operation on the other is less than the
     // memory model asks for, but an old idiom that all GPUs honour.
     warp.fence_release = join_foreign(warp.fence_release, barrier.fence_release);
@@ -401,7 +405,9 @@ void ClusterChecks::cluster_complete() {
 }
 
 void ClusterChecks::cluster_wait(const Where& at, bool acquire) {
-  if (acquire) state_->warp(at).clock.join(state_->cluster_completed);
+  WarpShadow& me = state_->warp(at);
+  if (acquire) me.clock.join(state_->cluster_completed);
+  ++me.lane_interval;
 }
 
 }  // namespace flash_ext::emulator

@@ -158,6 +158,7 @@ class ClusterChecks {
   void fence(const Where& at, Scope scope);  // fence.acq_rel/.sc, membar
   void fence_proxy_async(const Where& at, ProxyFence space);
   void fence_mbarrier_init(const Where& at);
+  void warp_sync(const Where& at);  // bar.warp.sync
   // Named barrier: each arrival (sync or arrive) with the expected number of threads (0: all),
   // then, when it completes, the mask of warps that were waiting.
   void barrier_arrive(const Where& at, uint32_t id, uint32_t threads);

@@ -177,7 +177,9 @@ void ClusterChecks::mbarrier_wait(const Where& at, uint32_t target, uint32_t off
     return;
   }
   if (found != waiters.end()) waiters.erase(found);
-  if (acquire) s.warp(at).clock.join(barrier->completed);
+  WarpShadow& me = s.warp(at);
+  if (acquire) me.clock.join(barrier->completed);
+  ++me.lane_interval;
 }
 
 // --- cp.async: generic proxy, groups per thread, lanes of a warp taken together

@@ -331,6 +331,19 @@ void ClusterChecks::State::on_global_ranges(const GlobalOperation& what, std::sp
   });
 }
 
+void ClusterChecks::State::check_lanes(const Where& at, Access access, const uint32_t* offsets, uint32_t bytes) {
+  const uint32_t mark = (at.warp + 1) << 26 | (warp(at).lane_interval & 0x3ffffff);
+  LaneMarks& marks = ctas[at.cta].lane_marks;
+  const bool reads = access == Access::kRead;
+  const LaneConflict found =
+      reads ? marks.read(mark, at.lanes, offsets, bytes) : marks.write(mark, at.lanes, offsets, bytes);
+  if (!found.found) return;
+  const std::string other = found.other == LaneMarks::kSeveral ? "other lanes" : "lane " + std::to_string(found.other);
+  report(fault_kind::kSharedRace, at, found.address,
+         "lane " + std::to_string(found.lane) + (reads ? " reads" : " writes") + " shared " + hex(found.address) +
+             ", which " + other + " of its warp " + (reads ? "wrote" : "read") + " since the last bar.warp.sync");
+}
+
 // --- hooks ---------------------------------------------------------------------------------------
 
 void ClusterChecks::shared_access(const Where& at, Access access, uint32_t target, const uint32_t* offsets,
@@ -344,7 +357,10 @@ void ClusterChecks::shared_access(const Where& at, Access access, uint32_t targe
                                    false};
   s.on_shared_lanes({at, target, me.clock.order, me.clock.shared_proxy, operation, access_name(access)}, offsets,
                     bytes);
-  if (scope == Scope::kWeak) return;
+  if (scope == Scope::kWeak) {
+    if (target == at.cta) s.check_lanes(at, access, offsets, bytes);
+    return;
+  }
   for (uint32_t left = at.lanes; left; left &= left - 1)
     s.synchronise(at, s.shared_sync, uint64_t(target) << 32 | offsets[__builtin_ctz(left)], access, scope, order);
 }

@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "checks_clock.h"
+#include "checks_lanes.h"
 #include "checks_shadow.h"
 
 namespace flash_ext::emulator {
@@ -111,6 +112,7 @@ struct WarpShadow {
   std::vector<SharedRange> store_sources;
   std::vector<GlobalRange> store_destinations;
   uint32_t max_registers = 0;
+  uint32_t lane_interval = 0;  // synchronisations of the lanes so far
 
   uint32_t now() const { return clock.order.get(agent); }
   void tick() { clock.order.raise(agent, now() + 1); }
@@ -148,8 +150,11 @@ struct RemoteAccess {
 };
 
 struct CtaShadow {
+  explicit CtaShadow(uint32_t shared_bytes) : lane_marks(shared_bytes) {}
+
   std::vector<WarpShadow> warps;
   std::vector<Cell<Epoch>> cells;
+  LaneMarks lane_marks;
   std::deque<MbarrierShadow> mbarriers;
   std::vector<uint16_t> mbarrier_at;      // by offset / 8: index + 1
   std::vector<uint8_t> barrier_granules;  // live mbarriers in each granule
@@ -226,6 +231,7 @@ struct ClusterChecks::State {
   void on_global_lanes(const GlobalOperation& what, const uint64_t* addresses, uint32_t bytes);
   void on_shared_chunks(const SharedOperation& what, std::span<const uint32_t> chunks);
 
+  void check_lanes(const Where& at, Access access, const uint32_t* offsets, uint32_t bytes);
   void touch_remote(const Where& at, uint32_t target);
   void synchronise(const Where& at, SyncVariables& variables, uint64_t key, Access access, Scope scope, Order order);
   Foreign snapshot(const Clock& clock) const;

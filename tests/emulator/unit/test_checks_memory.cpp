@@ -119,6 +119,53 @@ void shared_memory() {
   run("outside the window", "out-of-bounds", [](Scene& s) { s.store(0, 0x10000); });
 }
 
+void lanes_of_a_warp() {
+  const auto turned = [](Scene& s, Access access) {  // lane i at the place of lane i + 1
+    uint32_t offsets[32];
+    for (uint32_t i = 0; i < 32; ++i) offsets[i] = kBuffer + (i + 1) % 32 * 4;
+    s.c().shared_access(s.at(0), access, 0, offsets, 4);
+  };
+  run("lane reads what its neighbour wrote", fault_kind::kSharedRace, [=](Scene& s) {
+    s.store(0);
+    turned(s, Access::kRead);
+  });
+  run("the same after bar.warp.sync", nullptr, [=](Scene& s) {
+    s.store(0);
+    s.c().warp_sync(s.at(0));
+    turned(s, Access::kRead);
+  });
+  run("the same after a barrier of the CTA", nullptr, [=](Scene& s) {
+    s.store(0);
+    s.sync(3);
+    turned(s, Access::kRead);
+  });
+  run("lane overwrites what its neighbour read", fault_kind::kSharedRace, [=](Scene& s) {
+    s.store(0);
+    s.c().warp_sync(s.at(0));
+    s.load(0);
+    turned(s, Access::kWrite);
+  });
+  run("the same after bar.warp.sync, read", nullptr, [=](Scene& s) {
+    s.store(0);
+    s.c().warp_sync(s.at(0));
+    s.load(0);
+    s.c().warp_sync(s.at(0));
+    turned(s, Access::kWrite);
+  });
+  run("another warp's synchronisation does not help", fault_kind::kSharedRace, [=](Scene& s) {
+    s.store(0);
+    s.c().warp_sync(s.at(1));
+    turned(s, Access::kRead);
+  });
+  run("all lanes write and read one word", nullptr, [=](Scene& s) {
+    uint32_t offsets[32];
+    for (uint32_t& offset : offsets) offset = kBuffer;
+    s.c().shared_access(s.at(0), Access::kWrite, 0, offsets, 4);
+    s.c().warp_sync(s.at(0));
+    s.c().shared_access(s.at(0), Access::kRead, 0, offsets, 4);
+  });
+}
+
 void global_memory() {
   static float memory[4096];
   const uint64_t base = reinterpret_cast<uint64_t>(memory), flag = base + 8192;
@@ -437,6 +484,7 @@ void barriers_and_clusters() {
 
 int main() {
   shared_memory();
+  lanes_of_a_warp();
   global_memory();
   registers();
   barriers_and_clusters();
