@@ -58,6 +58,9 @@ def attention(
         (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has out = 0,
         lse = -inf and zero gradients. An empty batch or sequence is not an error.
 
+    A hidden key's k never matters, whatever it holds. NaN or infinity in a hidden v can reach rows of the same tile
+    (0 * NaN is NaN), as in every tiled implementation.
+
     The last dimension must be contiguous; other strides are free. Under autocast, q, k and v are cast to the autocast
     dtype. Calls that no compiled kernel covers run on the reference, on a GPU with a FallbackWarning.
 

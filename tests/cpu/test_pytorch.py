@@ -68,6 +68,10 @@ def test_fake_kernels_tell_the_real_strides(layout: str) -> None:
     made = cases.build(case, "cpu", torch.float32)
     arguments = (made.q.requires_grad_(), made.k.requires_grad_(), made.v.requires_grad_(), *SCORING, *TAIL["fwd"])
     torch.library.opcheck(OPS.fwd.default, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
+    q, k, v = (t.detach() for t in arguments[:3])
+    out, lse = OPS.fwd(q, k, v, *SCORING, *TAIL["fwd"])
+    backward = (torch.randn_like(out), None, q, k, v, out, lse, *SCORING, *TAIL["bwd"])
+    torch.library.opcheck(OPS.bwd.default, backward, test_utils=("test_faketensor",))
 
 
 # --- direct calls of the ops ---
@@ -287,7 +291,7 @@ def test_a_meta_call_allocates_nothing() -> None:
 # --- autocast ---
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 def test_autocast_as_sdpa_does(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 8, 2, 16, generator=torch.Generator().manual_seed(i)).to(dtype).requires_grad_() for i in range(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -24,6 +24,7 @@ KINDS = {
     "expect_more": "expect_tx 16 bytes too many",
     "expect_less": "expect_tx 16 bytes too few",
     "drop_barrier": "a bar.sync, bar.arrive or barrier.cluster operation left out",
+    "drop_warp_sync": "a bar.warp.sync left out",
     "drop_fence": "a fence (proxy, mbarrier_init, membar, fence.acq_rel) left out",
     "drop_wgmma_fence": "a wgmma.fence left out",
     "drop_wgmma_wait": "a wgmma.wait_group left out",
@@ -207,6 +208,8 @@ def _edits(guard: str, op: str, args: str, where: tuple[str, ...], first_wgmma: 
         last = len(operands) - 1
         yield "expect_more", computed(last, "b32", "add.s32", "16")
         yield "expect_less", computed(last, "b32", "sub.s32", "16")
+    elif op.startswith("bar.warp.sync"):
+        yield "drop_warp_sync", ""
     elif re.match(r"(bar|barrier)(\.cta|\.cluster)?\.(sync|arrive|wait)", op):
         yield "drop_barrier", ""
     elif op.startswith(("fence.", "membar.")):

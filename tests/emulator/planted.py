@@ -105,16 +105,17 @@ def attention_call(kernel: str) -> Callable[[], list[Any]]:
     import flash_ext
 
     _, _, dtype, head_dim, mask = kernel.split("_")
-    dim = int(head_dim[1:])
+    dims = [int(number) for number in head_dim[1:].split("x")]  # d128, or d192x128 where V's differs
     generator = torch.Generator().manual_seed(1)
 
-    def tensor(seqlen: int, heads: int) -> torch.Tensor:
+    def tensor(seqlen: int, heads: int, dim: int) -> torch.Tensor:
         values = torch.randn(1, seqlen, heads, dim, generator=generator)
         return values.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
 
     calls = []
     for heads, heads_kv, seqlen_q, seqlen_k, scale in SHAPES:
-        tensors = tensor(seqlen_q, heads), tensor(seqlen_k, heads_kv), tensor(seqlen_k, heads_kv)
+        q, k = tensor(seqlen_q, heads, dims[0]), tensor(seqlen_k, heads_kv, dims[0])
+        tensors = q, k, tensor(seqlen_k, heads_kv, dims[-1])
         calls.append((tensors, {"causal": mask == "causal", "softmax_scale": scale, "return_lse": True}))
 
     def call() -> list[torch.Tensor]:

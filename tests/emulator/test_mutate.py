@@ -51,6 +51,7 @@ p, 1, 1, 0, 0;
 	cp.async.bulk.wait_group.read 1;
 	red.release.gpu.global.add.s32 [%rd9], 1;
 	setmaxnreg.inc.sync.aligned.u32 240;
+	bar.warp.sync 	-1;
 	ret;
 }
 .visible .entry second()
@@ -83,8 +84,7 @@ def edited_line(kind, index=0, kernel="first"):
         (
             "flip_parity",
             0,
-            "{ .reg .b32 planted; xor.b32 planted, %r373, 1; "
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%r374], planted; }",
+            "{ .reg .b32 planted; xor.b32 planted, %r373, 1; mbarrier.try_wait.parity.shared::cta.b64 p, [%r374], planted; }",
         ),
         ("wrong_barrier", 0, "mbarrier.try_wait.parity.shared::cta.b64 p, [%r374+8], %r373;"),
         ("wrong_barrier", 1, "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5+16], %r6;"),
@@ -94,11 +94,11 @@ def edited_line(kind, index=0, kernel="first"):
         (
             "expect_less",
             0,
-            "{ .reg .b32 planted; sub.s32 planted, %r6, 16; "
-            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5+8], planted; }",
+            "{ .reg .b32 planted; sub.s32 planted, %r6, 16; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5+8], planted; }",
         ),
         ("drop_barrier", 0, ""),
         ("drop_barrier", 1, ""),
+        ("drop_warp_sync", 0, ""),
         ("drop_fence", 1, ""),
         ("drop_wgmma_fence", 0, ""),
         ("raise_wgmma_wait", 0, "wgmma.wait_group.sync.aligned 2;"),

@@ -153,7 +153,10 @@ Status activemask(Warp& w, const Inst& i, Mask mask) {
   return Status::kNext;
 }
 
-Status nothing(Warp&, const Inst&, Mask) { return Status::kNext; }
+Status warp_sync(Warp& w, const Inst&, Mask mask) {
+  if (w.checks) w.checks->warp_sync(w.where(mask));
+  return Status::kNext;
+}
 
 void emit_gather(Decoder& d, Inst in, size_t member_operand) {
   in.member = d.source(member_operand, PtxType::kU32);
@@ -176,7 +179,7 @@ bool decode_warp(Decoder& d) {
     return true;
   }
   if (op == "bar" && p.parts.size() > 1 && p.parts[1] == "warp") {
-    in.run = nothing;
+    in.run = warp_sync;
     in.flags = kFlagAnyPlace;
     emit_gather(d, in, 0);
     return true;
