@@ -58,6 +58,7 @@ class Survivor:
     at: str
     because: str
     kernels: str = ""  # part of the name
+    after: str = ""  # in one of the two lines before
 
 
 SURVIVORS = (
@@ -70,6 +71,12 @@ SURVIVORS = (
         "drop_barrier",
         "if (warpgroup == 0) named_barrier_sync(my_turn",
         "takes a turn that is left over when the CTA ends: nothing comes after it",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "after the last slab: the next item's waits and wgmma come before its rows are written to the same memory",
+        after="store_16_bytes_if",
     ),
     Survivor(
         "skip_wait",
@@ -168,21 +175,25 @@ class Bench:
         return result
 
 
-def source_lines(source: tuple[str, ...]) -> list[str]:
-    """The text of the lines of a chain that lie in csrc/."""
+def source_lines(source: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The lines of a chain that lie in csrc/: the two lines before, and the line."""
     texts = []
     for place in source:
         name, line = place.rsplit(":", 1)
         for path in (ROOT / "csrc").rglob(name):
-            lines = path.read_text().splitlines()
-            texts += lines[int(line) - 1 : int(line)]
+            lines = ["", "", *path.read_text().splitlines()]
+            here = int(line) + 1
+            if here < len(lines):
+                texts.append(("\n".join(lines[here - 2 : here]), lines[here]))
     return texts
 
 
 def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> Survivor | None:
-    texts = source_lines(site.source)
+    lines = source_lines(site.source)
     for entry in survivors:
-        if site.kind in entry.kinds.split() and entry.kernels in site.kernel and any(entry.at in t for t in texts):
+        if site.kind not in entry.kinds.split() or entry.kernels not in site.kernel:
+            continue
+        if any(entry.at in line and entry.after in before for before, line in lines):
             return entry
     return None
 

@@ -20,12 +20,8 @@ import build
 EXAMPLES = build.toolchain.find_cutlass().parent / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="this CUTLASS has no examples folder")
 
-PLAIN = [
-    pytest.param({"checks": False, "schedule": "early"}, id="early"),
-    pytest.param({"checks": False, "schedule": "late"}, id="late"),
-    pytest.param({"checks": False, "schedule": "adversarial", "seed": 2}, id="seed2"),
-]
-CHECKED = [
+SCHEDULES = [
+    pytest.param({"checks": False}, id="plain"),
     pytest.param({"checks": True}, id="checks"),
     pytest.param({"checks": True, "schedule": "late"}, id="checks-late"),
     pytest.param({"checks": True, "schedule": "adversarial", "seed": 3}, id="checks-seed3"),
@@ -59,15 +55,10 @@ def run_gemm(name: str, trans: str, m: int, n: int, k: int, rng: np.random.Gener
     np.testing.assert_array_equal(c, want)
 
 
-@pytest.mark.parametrize("options", PLAIN)
 @pytest.mark.parametrize("trans", ["NT", "TN"])
-def test_tutorial_gemm_with_tma(trans, options, rng):
-    run_gemm("wgmma_tma_sm90", trans, 256, 128, 320, rng, **options)
-
-
-@pytest.mark.parametrize("trans", ["NT", "TN"])
-def test_tutorial_gemm_with_cp_async(trans, rng):
-    run_gemm("wgmma_sm90", trans, 256, 128, 320, rng, checks=False)
+@pytest.mark.parametrize("name", ["wgmma_sm90", "wgmma_tma_sm90"])
+def test_tutorial_gemm(name, trans, rng):
+    run_gemm(name, trans, 256, 128, 320, rng, checks=False)
 
 
 @pytest.mark.parametrize("name", ["wgmma_sm90", "wgmma_tma_sm90"])
@@ -82,11 +73,15 @@ def test_a_race_in_the_tutorial_is_found(rng):
     assert caught.value.kind == "shared-race" and "wgmma" in str(caught.value)
 
 
-def test_loads_in_flight_at_the_end_of_the_tutorial_are_found(rng):
+@pytest.mark.parametrize(
+    "options,kind",
+    [({"checks": True}, "async-at-exit"), ({"checks": False, "schedule": "late"}, "cluster-exit")],
+)
+def test_loads_in_flight_at_the_end_of_the_tutorial_are_found(options, kind, rng):
     """Its main loop issues a ring of loads more than it waits for, and the CTA exits under them."""
     with pytest.raises(harness.emulator().EmulatorError) as caught:
-        run_gemm("wgmma_tma_sm90", "TN", 256, 128, 320, rng, checks=True)
-    assert caught.value.kind == "async-at-exit"
+        run_gemm("wgmma_tma_sm90", "TN", 256, 128, 320, rng, **options)
+    assert caught.value.kind == kind
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +96,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, 
     return weights @ v / total, (np.log(total) + top)[..., 0]
 
 
-@pytest.mark.parametrize("options", [*PLAIN[:1], *CHECKED])
+@pytest.mark.parametrize("options", SCHEDULES)
 @pytest.mark.parametrize("seqlen", [128, 256, 200])
 def test_fmha_forward(seqlen, options, rng):
     heads, dim = 2, 64

@@ -9,8 +9,6 @@ namespace {
 
 enum BarrierKind : uint32_t { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
 
-uint32_t live_warps(const Cta& cta) { return cta.warps_left; }
-
 // All threads have come: the waiting ones go on.
 void complete_barrier(Cta& cta, uint32_t id) {
   NamedBarrier& b = cta.barriers[id];
@@ -27,7 +25,7 @@ void complete_barrier(Cta& cta, uint32_t id) {
 }
 
 bool is_full(const Cta& cta, const NamedBarrier& b) {
-  if (b.whole_cta) return b.arrived > 0 && static_cast<uint32_t>(std::popcount(b.arrived_warps)) >= live_warps(cta);
+  if (b.whole_cta) return b.arrived > 0 && static_cast<uint32_t>(std::popcount(b.arrived_warps)) >= cta.warps_left;
   return b.arrived >= b.expected;
 }
 

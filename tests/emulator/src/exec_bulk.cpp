@@ -8,13 +8,10 @@ namespace flash_ext::emulator {
 
 namespace {
 
-enum class From : uint8_t { kGlobal, kShared };
-
-// What the decoder found; Inst::imm indexes no table: everything fits the extra operands.
+// Operands of an Inst:
 //   b, imm: destination (loads, copies) or source in shared memory (stores), as an address
 //   a:      the global address, the tensor map, or the source of a copy within the cluster
 //   c:      size in bytes (not tiled)
-//   d:      unused
 //   extra:  mbarrier address or kNoRef, mask of a multicast or kNoRef, then coordinates
 enum BulkFlags : uint32_t {
   kTiled = 1,

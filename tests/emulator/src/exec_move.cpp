@@ -1,5 +1,4 @@
 // mov, packing and unpacking, predicate logic, address conversion, special registers.
-#include <chrono>
 #include <cstring>
 
 #include "lanes.h"

@@ -132,7 +132,6 @@ class Worker {
     cta.shared += -reinterpret_cast<uintptr_t>(cta.shared) & 1023;
     cta.mbarrier_index.assign(launch_.shared_bytes / 8 + 1, 0);
     cta.warps_left = launch_.warps_per_cta;
-    cta.registers_free = 0;
     const uint32_t count = launch_.warps_per_cta;
     cta.frames.assign(size_t(program.frame_bytes) * count + 64, 0);
     uint8_t* frame = cta.frames.data();
@@ -418,7 +417,6 @@ Report launch(const Module& module, const std::string& kernel, const Launch& lau
   context.options = options;
   context.options.num_sms = std::max(1u, options.num_sms);
   context.memory = &memory;
-  context.module = &module.impl();
   context.program = &module.impl().program(kernel, options.sm_version);
   check_launch(*info, *context.program, context);
 

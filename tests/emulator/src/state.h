@@ -179,7 +179,6 @@ struct Mbarrier {
   int64_t pending = 0;
   int64_t tx = 0;
   uint64_t phase = 0;  // completed phases
-  bool is_complete() const { return pending == 0 && tx == 0; }
 };
 
 struct Cta {
@@ -245,7 +244,6 @@ struct Cluster {
 
 struct LaunchContext {
   const Program* program = nullptr;
-  const ModuleImpl* module = nullptr;
   std::string kernel;
   Launch launch;
   Options options;
