@@ -17,7 +17,7 @@ from flash_ext import env
 EMULATOR = Path(__file__).resolve().parents[1] / "emulator"
 sys.path.append(str(EMULATOR))
 
-import planted
+import planted  # noqa: E402
 
 KERNELS = [f"fwd_sm90_bf16_{row}" for row in ("d64_causal", "d64_full", "d128_causal", "d128_full")]
 results: dict[str, list[planted.Result]] = {}

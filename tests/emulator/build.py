@@ -1,8 +1,8 @@
 """Builds the emulator (libflash_ext_emulator.so, the Python module _emulator) and unit kernels.
 
-    python tests/emulator/build.py --out DIR
+    python tests/emulator/build.py [--extension] [--out DIR]
 
-Everything is cached in DIR by content: an object is rebuilt when its source, a header it includes,
+Everything is cached in DIR (build/emulator) by content: an object is rebuilt when its source, a header it includes,
 the flags, the compiler or (with -march=native) the CPU differs. Several processes may share DIR.
 """
 

@@ -200,19 +200,20 @@ class TestReplacedPtx:
             emulator.replace_ptx("nonsense", "")
 
 
+@pytest.fixture(scope="module")
+def fatbins(tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("fatbin")
+    source = folder / "k.cu"
+    source.write_text('extern "C" __global__ void k(int* p) { for (int i = 0; i < 9; ++i) p[i] = i * p[9 - i]; }\n')
+    targets = ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]", "-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+    modes = {"plain": ["--no-compress"], "lz4": ["--compress-mode=speed"], "zstd": ["--compress-mode=size"]}
+    for name, flags in modes.items():
+        build.run([build.cuda().nvcc, "-fatbin", *targets, *flags, "-o", folder / name, source])
+    return {name: (folder / name).read_bytes() for name in modes}
+
+
 class TestFatBinaries:
     """parse_fatbin on what nvcc writes, whole and damaged."""
-
-    @pytest.fixture(scope="class")
-    def fatbins(self, tmp_path_factory) -> dict[str, bytes]:
-        folder = tmp_path_factory.mktemp("fatbin")
-        source = folder / "k.cu"
-        source.write_text('extern "C" __global__ void k(int* p) { for (int i = 0; i < 9; ++i) p[i] = i * p[9 - i]; }\n' * 1)
-        targets = ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]", "-gencode=arch=compute_80,code=[sm_80,compute_80]"]
-        modes = {"plain": ["--no-compress"], "lz4": ["--compress-mode=speed"], "zstd": ["--compress-mode=size"]}
-        for name, flags in modes.items():
-            build.run([build.cuda().nvcc, "-fatbin", *targets, *flags, "-o", folder / name, source])
-        return {name: (folder / name).read_bytes() for name in modes}
 
     def test_images_and_their_architectures(self, fatbins):
         images = harness.emulator().parse_fatbin(fatbins["plain"])
