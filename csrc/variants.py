@@ -59,7 +59,7 @@ class Variant:
 
     arch is the group whose compiler flags the row is built with, and the lowest architecture that runs it: sm80 (SASS of
     the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only).
-    head_dim and head_dim_v are what the row covers: exactly (fwd), or up to (bwd_preprocess). mask is the policy, '' where
+    head_dim and head_dim_v are the largest that the row covers; smaller multiples of 8 run on it too. mask is the policy, '' where
     there is none. block_m and block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the
     C++ type that the kernel template is instantiated with.
     """
@@ -81,8 +81,9 @@ class Variant:
 
     @property
     def unit(self) -> str:
-        """The translation unit that holds this row: rows of one kernel source, dtype and architecture together."""
-        return f"{self.op}_{self.arch}_{self.dtype}"
+        """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
+        large = self.op == "fwd" and self.head_dim > 128
+        return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * large
 
     @property
     def kernel(self) -> Kernel:
@@ -91,10 +92,18 @@ class Variant:
 
 # The tile of each forward row; sm90/fwd.cuh (FwdTile) holds the same numbers and a static_assert compares them.
 FWD_SM90_TILES = {
-    (64, "full"): (192, 128),
-    (64, "causal"): (192, 128),
-    (128, "full"): (128, 176),
-    (128, "causal"): (128, 128),
+    (64, 64, "full"): (192, 128),
+    (64, 64, "causal"): (192, 128),
+    (96, 96, "full"): (128, 176),
+    (96, 96, "causal"): (128, 128),
+    (128, 128, "full"): (128, 176),
+    (128, 128, "causal"): (128, 128),
+    (192, 128, "full"): (128, 128),
+    (192, 128, "causal"): (128, 128),
+    (192, 192, "full"): (128, 112),
+    (192, 192, "causal"): (128, 112),
+    (256, 256, "full"): (128, 80),
+    (256, 256, "causal"): (128, 80),
 }
 CXX_MASK = {"full": "FullMask", "causal": "CausalMask"}
 
@@ -106,14 +115,14 @@ def _fwd_sm90() -> list[Variant]:
             arch="sm90",
             dtype=dtype,
             head_dim=head_dim,
-            head_dim_v=head_dim,
+            head_dim_v=head_dim_v,
             mask=mask,
             block_m=tile[0],
             block_n=tile[1],
-            config=f"sm90::FwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, flash_ext::{CXX_MASK[mask]}>",
+            config=f"sm90::FwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, flash_ext::{CXX_MASK[mask]}>",
         )
         for dtype in ("bf16", "fp16")
-        for (head_dim, mask), tile in FWD_SM90_TILES.items()
+        for (head_dim, head_dim_v, mask), tile in FWD_SM90_TILES.items()
     ]
 
 

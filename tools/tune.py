@@ -1,6 +1,6 @@
 """Which tile is fastest? Builds candidate tiles of one forward variant, times them on this GPU, prints the winner as a row.
 
-    python tools/tune.py --head-dim 128 --mask causal [--seqlens 2048,8192] [--tiles 128x128/2/2,128x160/2/1]
+    python tools/tune.py --head-dim 128 --mask causal [--head-dim-v 128] [--seqlens 2048,8192] [--tiles 128x128/2/2,128x160/2/1]
 
 A tile is M x N / stages / stages_q: rows of queries, rows of keys, stages of K and V, stages of Q. Without --tiles, all
 those that registers and shared memory allow. Each candidate is built in a copy of the checkout below build/tune, in which
@@ -34,7 +34,9 @@ import toolchain  # noqa: E402
 import variants  # noqa: E402
 
 SHARED_BYTES = 227 * 1024
-# Shared memory beside Q, K and V: barriers, and the staging of the result by each consumer warpgroup.
+SLAB_COLUMNS = 64  # shared memory holds whole slabs
+# Shared memory beside Q, K and V: barriers, and the staging of the result by each consumer warpgroup, which shares the
+# memory of a single stage of Q where there is no room for it.
 BARRIER_BYTES = 1024
 STAGING_BYTES_PER_CONSUMER = 4 * 16 * 64 * 2
 # Registers of a consumer thread for S, P (half of S) and O: what 240 and 160 a thread leave beside addresses and statistics.
@@ -53,9 +55,11 @@ class Tile:
         return f"{self.block_m}x{self.block_n}/{self.stages}/{self.stages_q}"
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
-        q = self.stages_q * self.block_m * head_dim
-        kv = self.stages * self.block_n * (head_dim + head_dim_v)
-        return 2 * (q + kv) + self.block_m // 64 * STAGING_BYTES_PER_CONSUMER + BARRIER_BYTES
+        columns, columns_v = (math.ceil(d / SLAB_COLUMNS) * SLAB_COLUMNS for d in (head_dim, head_dim_v))
+        q = self.stages_q * self.block_m * columns
+        kv = self.stages * self.block_n * (columns + columns_v)
+        tiles, staging = 2 * (q + kv) + BARRIER_BYTES, self.block_m // 64 * STAGING_BYTES_PER_CONSUMER
+        return tiles if self.stages_q == 1 and tiles + staging > SHARED_BYTES else tiles + staging
 
     def registers(self, head_dim_v: int) -> float:
         return self.block_n / 2 * 1.5 + head_dim_v / 2
@@ -84,14 +88,15 @@ def candidates(head_dim: int, head_dim_v: int) -> list[Tile]:
     return found
 
 
-def row_of(head_dim: int, mask: str, dtype: str) -> variants.Variant:
+def row_of(head_dim: int, mask: str, dtype: str, head_dim_v: int | None = None) -> variants.Variant:
+    wanted = ("fwd", "sm90", dtype, head_dim, head_dim_v or head_dim, mask)
     for row in variants.VARIANTS:
-        if (row.op, row.arch, row.dtype, row.head_dim, row.mask) == ("fwd", "sm90", dtype, head_dim, mask):
+        if (row.op, row.arch, row.dtype, row.head_dim, row.head_dim_v, row.mask) == wanted:
             return row
-    known = sorted({(r.head_dim, r.mask) for r in variants.VARIANTS if (r.op, r.arch) == ("fwd", "sm90")})
+    known = sorted({(r.head_dim, r.head_dim_v, r.mask) for r in variants.VARIANTS if (r.op, r.arch) == ("fwd", "sm90")})
     raise LookupError(
-        f"no forward variant of head_dim {head_dim}, mask {mask}; there are "
-        + ", ".join(f"--head-dim {d} --mask {m}" for d, m in known)
+        f"no forward variant of head_dim {head_dim}, head_dim_v {head_dim_v or head_dim}, mask {mask}; there are "
+        + ", ".join(f"--head-dim {d}" + f" --head-dim-v {v}" * (v != d) + f" --mask {m}" for d, v, m in known)
     )
 
 
@@ -189,6 +194,7 @@ class Shape:
     """The family that is timed: FlashAttention's protocol, batch * seqlen and heads * head_dim constant."""
 
     head_dim: int
+    head_dim_v: int
     causal: bool
     dtype: str
     seqlens: tuple[int, ...]
@@ -214,7 +220,7 @@ def measure(shape: Shape, device: str = "cuda") -> dict[str, object]:
             heads,
             heads,
             shape.head_dim,
-            shape.head_dim,
+            shape.head_dim_v,
             shape.causal,
             dtype=shape.dtype,
         )
@@ -277,7 +283,7 @@ def report(row: variants.Variant, results: dict[str, dict[str, object]], seqlens
     else:
         tile = parse_tile(best)
         lines += [
-            f"winner, for csrc/variants.py:      ({row.head_dim}, \"{row.mask}\"): ({tile.block_m}, {tile.block_n}),",
+            f"winner, for csrc/variants.py:      ({row.head_dim}, {row.head_dim_v}, \"{row.mask}\"): ({tile.block_m}, {tile.block_n}),",
             f"and for FwdTile in sm90/fwd.cuh:   kBlockM = {tile.block_m}, kBlockN = {tile.block_n}, "
             f"kStages = {tile.stages}, kStagesQ = {tile.stages_q}",
         ]  # fmt: skip
@@ -315,6 +321,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--head-dim-v", type=int, help="default: --head-dim")
     parser.add_argument("--mask", default="causal")
     parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
     parser.add_argument(
@@ -325,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only print the candidates")
     arguments = parser.parse_args(argv)
     try:
-        row = row_of(arguments.head_dim, arguments.mask, arguments.dtype)
+        row = row_of(arguments.head_dim, arguments.mask, arguments.dtype, arguments.head_dim_v)
         tiles = (
             [parse_tile(text) for text in arguments.tiles.split(",")]
             if arguments.tiles
@@ -337,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(map(str, tiles)))
         return 0
-    shape = Shape(row.head_dim, row.mask == "causal", arguments.dtype, arguments.seqlens)
+    shape = Shape(row.head_dim, row.head_dim_v, row.mask == "causal", arguments.dtype, arguments.seqlens)
     text = tune(row, tiles, shape, arguments.budget)
     print(text)
     return 0 if text.startswith(row.name) else 1

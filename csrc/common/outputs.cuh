@@ -41,12 +41,16 @@ struct DenseOutput {
   Element* out;  // row 0 of this head
   float* lse;
   int64_t row_stride;
-  int first_row;  // of the warp
-  int num_rows;   // of the sequence
+  int first_row;    // of the warp
+  int num_rows;     // of the sequence
+  int num_columns;  // head_dim_v, at most the columns of the accumulators
 
   __device__ __forceinline__ DenseOutput(const FwdParams& params, const Sequence& sequence, int head,
                                          int first_row)
-      : row_stride(params.out_strides.row), first_row(first_row), num_rows(sequence.seqlen_q) {
+      : row_stride(params.out_strides.row),
+        first_row(first_row),
+        num_rows(sequence.seqlen_q),
+        num_columns(params.head_dim_v) {
     out = static_cast<Element*>(params.out) + sequence.batch_q * params.out_strides.batch +
           sequence.first_row_q * params.out_strides.row + head * params.out_strides.head;
     lse = params.lse + (int64_t(sequence.batch_q) * params.num_heads + head) * params.seqlen_q;
@@ -55,20 +59,20 @@ struct DenseOutput {
   // Whole 128-byte lines leave through `staging`, shared memory that belongs to the warp. acc_o holds finished rows.
   template <int kNumAcc>
   __device__ __forceinline__ void store_rows(const float (&acc_o)[kNumAcc], uint32_t staging, int lane) {
-    constexpr int kSlabs = kNumAcc / 32;
-    static_assert(kNumAcc % 32 == 0, "head_dim_v must be a multiple of 64");
+    constexpr int kAccPerSlab = kSlabColumns / 2;
     const int rows_left = num_rows - (first_row + staging_read_row(lane, 0));
+    const int columns_left = num_columns - lane % 8 * 8;  // a multiple of 8: a lane's 16 bytes are in or out
     Element* row = out + (first_row + staging_read_row(lane, 0)) * row_stride + lane % 8 * 8;
     const int64_t pass_stride = (staging_read_row(0, 1) - staging_read_row(0, 0)) * row_stride;
 #pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
+    for (int slab = 0; slab < ceil_div(kNumAcc, kAccPerSlab); ++slab) {
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         uint32_t words[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const int i = 32 * slab + staging_source(pair, r);
-          words[r] = pack_pair<Element>(acc_o[i], acc_o[i + 1]);
+          const int i = kAccPerSlab * slab + staging_source(pair, r);
+          words[r] = i < kNumAcc ? pack_pair<Element>(acc_o[i], acc_o[i + 1]) : 0;
         }
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                      ::"r"(staging + staging_write_offset(lane, pair)), "r"(words[0]), "r"(words[1]),
@@ -83,7 +87,8 @@ struct DenseOutput {
                      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                      : "r"(staging + staging_read_offset(lane, pass))
                      : "memory");
-        store_16_bytes_if(staging_read_row(0, pass) < rows_left, row + pass * pass_stride + slab * kSlabColumns, words);
+        const bool inside = staging_read_row(0, pass) < rows_left && slab * kSlabColumns < columns_left;
+        store_16_bytes_if(inside, row + pass * pass_stride + slab * kSlabColumns, words);
       }
       __syncwarp();
     }

@@ -38,7 +38,9 @@ struct FwdParams {
   int num_heads;
   int num_heads_kv;  // divides num_heads
   int seqlen_q;
-  int seqlen_k;  // 0 is allowed
+  int seqlen_k;    // 0 is allowed
+  int head_dim;    // multiples of 8, at most what the variant covers
+  int head_dim_v;  // the same
   float softmax_scale;
   int num_ctas;  // grid of a persistent kernel
   // The kernel's launcher fills these in.

@@ -17,6 +17,8 @@ FX_HOST_DEVICE constexpr uint32_t swizzle_128b(uint32_t address) {
 
 // Columns of a 16-bit tile in one slab.
 constexpr int kSlabColumns = kSlabRowBytes / 2;
+// The last slab of a tile may be used in part.
+FX_HOST_DEVICE constexpr int num_slabs(int columns) { return ceil_div(columns, kSlabColumns); }
 
 // Byte offset of element (row, col) of a 16-bit tile with `rows` rows.
 FX_HOST_DEVICE constexpr uint32_t tile_offset(int rows, int row, int col) {

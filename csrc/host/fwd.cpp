@@ -68,6 +68,8 @@ std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, double softmax_scal
   params.num_heads_kv = static_cast<int>(problem.num_heads_kv());
   params.seqlen_q = static_cast<int>(problem.seqlen_q());
   params.seqlen_k = static_cast<int>(problem.seqlen_k());
+  params.head_dim = static_cast<int>(problem.head_dim());
+  params.head_dim_v = static_cast<int>(problem.head_dim_v());
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.num_ctas = static_cast<int>(plan.grid[0]);
   const LaunchScope scope(q);

@@ -52,11 +52,15 @@ std::vector<std::string> reasons_against(const Variant& row, const FwdProblem& p
   if (row.dtype != problem.dtype) {
     reasons.push_back(std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
   }
-  if (row.head_dim != problem.head_dim() || row.head_dim_v != problem.head_dim_v()) {
-    reasons.push_back("no compiled kernel has head_dim " + std::to_string(problem.head_dim()) +
-                      (problem.head_dim() == problem.head_dim_v()
-                           ? ""
-                           : " with head_dim_v " + std::to_string(problem.head_dim_v())));
+  const auto head_dims = [&] {
+    const bool equal = problem.head_dim() == problem.head_dim_v();
+    return "head_dim " + std::to_string(problem.head_dim()) +
+           (equal ? "" : " with head_dim_v " + std::to_string(problem.head_dim_v()));
+  };
+  if (problem.head_dim() % 8 != 0 || problem.head_dim_v() % 8 != 0) {
+    reasons.push_back("no compiled kernel has " + head_dims() + ": they must be multiples of 8");
+  } else if (row.head_dim < problem.head_dim() || row.head_dim_v < problem.head_dim_v()) {
+    reasons.push_back("no compiled kernel has " + head_dims());
   }
   const Mask mask = mask_of(problem);
   if (mask == Mask::k_none) {
@@ -69,18 +73,23 @@ std::vector<std::string> reasons_against(const Variant& row, const FwdProblem& p
   return reasons;
 }
 
-// The first row of this backend that covers the problem, or the reasons against the one that comes closest.
+// The row of this backend that covers the problem with the least work, or the reasons against the one that comes closest.
 const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& problem, const char* direction,
                         std::vector<std::string>* reasons) {
   bool any = false;
+  const Variant* smallest = nullptr;
   std::vector<std::string> closest;
   for (const Variant& row : variants()) {
     if (row.op != op || row.arch != backend.arch) continue;
     std::vector<std::string> against = reasons_against(row, problem);
-    if (against.empty()) return &row;
+    if (against.empty() &&
+        (smallest == nullptr || row.head_dim + row.head_dim_v < smallest->head_dim + smallest->head_dim_v)) {
+      smallest = &row;
+    }
     if (!any || against.size() < closest.size()) closest = std::move(against);
     any = true;
   }
+  if (smallest != nullptr) return smallest;
   if (!any) closest = {std::string("this build has no ") + direction + " kernel for " + backend.name};
   reasons->insert(reasons->end(), closest.begin(), closest.end());
   return nullptr;

@@ -19,8 +19,8 @@ struct Variant {
   Op op;
   int arch;  // 80 or 90: the lowest architecture that runs it, and the group it was compiled in
   ScalarType dtype;
-  int head_dim;
-  int head_dim_v;
+  int head_dim;    // the largest it covers; smaller multiples of 8 too
+  int head_dim_v;  // the same
   Mask mask;
   int block_m;
   int block_n;

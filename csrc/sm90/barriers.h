@@ -14,11 +14,18 @@ enum class NamedBarrier : int {
   kQueryRewritten0,
   kQueryRewritten1,
   kQueryRewritten2,
+  // All threads of consumer warpgroup i (128) are done with its rows of Q, which become the staging of its output.
+  kQueryRead0,
+  kQueryRead1,
+  kQueryRead2,
 };
 
 FX_HOST_DEVICE constexpr int turn_of(int warpgroup) { return static_cast<int>(NamedBarrier::kTurn0) + warpgroup; }
 FX_HOST_DEVICE constexpr int query_rewritten_by(int warpgroup) {
   return static_cast<int>(NamedBarrier::kQueryRewritten0) + warpgroup;
+}
+FX_HOST_DEVICE constexpr int query_read_by(int warpgroup) {
+  return static_cast<int>(NamedBarrier::kQueryRead0) + warpgroup;
 }
 
 }  // namespace flash_ext::sm90

@@ -29,52 +29,88 @@ namespace flash_ext::sm90 {
 
 constexpr int kThreadsPerWarpgroup = 128;
 
-// Tile sizes by head_dim and mask: registers bound S + P + O of a consumer thread, shared memory the stages.
-template <int kHeadDim, class Mask>
+constexpr int kMaxSharedBytes = 227 * 1024;
+
+// Tile sizes by head dims and mask: registers bound S + P + O of a consumer thread, shared memory the stages.
+template <int kHeadDim, int kHeadDimV, class Mask>
 struct FwdTile;
 template <class Mask>
-struct FwdTile<64, Mask> {
+struct FwdTile<64, 64, Mask> {
   static constexpr int kBlockM = 192, kBlockN = 128, kStages = 4, kStagesQ = 2;
 };
 template <>
-struct FwdTile<128, FullMask> {
+struct FwdTile<128, 128, FullMask> {
   static constexpr int kBlockM = 128, kBlockN = 176, kStages = 2, kStagesQ = 1;
 };
 template <>
-struct FwdTile<128, CausalMask> {
+struct FwdTile<128, 128, CausalMask> {
   static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kStagesQ = 2;
 };
+// Its slabs are those of 128; three consumers have no registers for it.
+template <class Mask>
+struct FwdTile<96, 96, Mask> : FwdTile<128, 128, Mask> {};
+template <class Mask>
+struct FwdTile<192, 128, Mask> {
+  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kStagesQ = 1;
+};
+template <class Mask>
+struct FwdTile<192, 192, Mask> {
+  static constexpr int kBlockM = 128, kBlockN = 112, kStages = 2, kStagesQ = 1;
+};
+template <class Mask>
+struct FwdTile<256, 256, Mask> {
+  static constexpr int kBlockM = 128, kBlockN = 80, kStages = 2, kStagesQ = 1;
+};
 
-template <class Element_, int kHeadDim_, class Mask_>
-struct FwdConfig : FwdTile<kHeadDim_, Mask_> {
-  using Tile = FwdTile<kHeadDim_, Mask_>;
+// A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
+template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_>
+struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_> {
+  using Tile = FwdTile<kHeadDim_, kHeadDimV_, Mask_>;
   using Element = Element_;
   using Mask = Mask_;
   using Tiles = PrefixTiles<Mask>;
   using Seqlens = DenseSeqlens;
   using Output = DenseOutput<Element>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kHeadDimV = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kNumConsumers = Tile::kBlockM / kRowsPerWarpgroup;  // warpgroups
   static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
   static constexpr int kMinBlocksPerSm = 1;
   // setmaxnreg; together they fit the register file, 65536 / kNumThreads registers at launch.
   static constexpr int kProducerRegisters = kNumConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kNumConsumers == 2 ? 240 : 160;
+  // Bytes of a tile with this many rows, in whole slabs.
+  static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kKeyTileBytes = Tile::kBlockN * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kValueTileBytes = Tile::kBlockN * num_slabs(kHeadDimV) * kSlabRowBytes;
+  static constexpr int kRingBytes =
+      Tile::kStagesQ * kQueryTileBytes + Tile::kStages * (kKeyTileBytes + kValueTileBytes);
+  static constexpr int kStagingAreas = kNumConsumers * 4;
+  static constexpr int kStagingBytes = kStagingAreas * kStagingBytesPerWarp;
+  // Where no room is left for staging the output (the last kilobyte holds the barriers), each warp stages it in its own
+  // rows of Q.
+  static constexpr bool kStagesInQuery = kRingBytes + kStagingBytes + kSwizzleGroupBytes > kMaxSharedBytes;
 
   static_assert(Tile::kBlockM % kRowsPerWarpgroup == 0, "a consumer warpgroup owns 64 rows");
   static_assert(kNumConsumers == 2 || kNumConsumers == 3, "the register budget is made for 2 or 3 consumers");
   static_assert(Tile::kBlockN % 16 == 0, "P V steps through 16 keys at a time");
-  static_assert(kHeadDim % kSlabColumns == 0 && kHeadDimV % kSlabColumns == 0, "head dims fill whole slabs");
+  static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head dims fill halves of slabs");
+  static_assert(!kStagesInQuery || Tile::kStagesQ == 1, "more stages of Q than there is room for");
 };
+
+template <bool kPresent, int kAreas>
+struct OutputStaging {
+  uint8_t areas[kAreas][kStagingBytesPerWarp];
+};
+template <int kAreas>
+struct OutputStaging<false, kAreas> {};
 
 template <class Config>
 struct SharedStorage {
-  using Element = typename Config::Element;
-  alignas(kSwizzleGroupBytes) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
-  alignas(kSwizzleGroupBytes) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
-  alignas(kSwizzleGroupBytes) Element v[Config::kStages][Config::kBlockN * Config::kHeadDimV];
-  alignas(kSwizzleGroupBytes) uint8_t out[Config::kNumConsumers * 4][kStagingBytesPerWarp];
+  alignas(kSwizzleGroupBytes) uint8_t q[Config::kStagesQ][Config::kQueryTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t k[Config::kStages][Config::kKeyTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t v[Config::kStages][Config::kValueTileBytes];
+  alignas(kSwizzleGroupBytes) OutputStaging<!Config::kStagesInQuery, Config::kStagingAreas> out;
   // Who arrives, how many, who waits: see RingBarriers.
   RingBarriers<Config::kStagesQ> q_ring;
   RingBarriers<Config::kStages> k_ring;
@@ -99,30 +135,35 @@ __device__ __forceinline__ void for_each_item(const FwdParams& params, Function&
 
 template <class Config>
 __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<Config>& shared) {
-  const auto copy_tile = [](const TmaTensor& tensor, uint64_t* full, void* stage, int rows, int columns, int row,
+  const auto copy_tile = [](const TmaTensor& tensor, uint64_t* full, uint8_t* stage, int rows, int columns, int row,
                             int head, int batch, CacheHint hint) {
     for (int column = 0; column < columns; column += kSlabColumns) {
-      uint8_t* slab = static_cast<uint8_t*>(stage) + column / kSlabColumns * rows * kSlabRowBytes;
+      uint8_t* slab = stage + column / kSlabColumns * rows * kSlabRowBytes;
       tma_load(tensor.map, full, slab, column, row, head * tensor.head_step, batch * tensor.batch_step, hint);
     }
   };
-  constexpr int kElementBytes = sizeof(typename Config::Element);
   const int q_heads_per_kv = params.num_heads / params.num_heads_kv;
   RingState<Config::kStagesQ> q_state;
   RingState<Config::kStages> k_state, v_state;
 
   for_each_item<Config>(params, [&](const WorkItem& item, const Sequence& sequence, const auto& tiles) {
-    if (tiles.num_tiles == 0) return;
+    if (tiles.num_tiles == 0) {
+      if constexpr (Config::kStagesInQuery) {  // the buffer without a copy, for the zeros that leave through it
+        shared.q_ring.begin_fill(q_state, 0);
+        q_state.advance();
+      }
+      return;
+    }
     const int head_kv = item.head / q_heads_per_kv;
     const auto load_k = [&](int i) {
-      shared.k_ring.begin_fill(k_state, Config::kBlockN * Config::kHeadDim * kElementBytes);
+      shared.k_ring.begin_fill(k_state, Config::kKeyTileBytes);
       copy_tile(params.k_tma, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage], Config::kBlockN,
                 Config::kHeadDim, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
                 CacheHint::kEvictLast);
       k_state.advance();
     };
     const auto load_v = [&](int i) {
-      shared.v_ring.begin_fill(v_state, Config::kBlockN * Config::kHeadDimV * kElementBytes);
+      shared.v_ring.begin_fill(v_state, Config::kValueTileBytes);
       copy_tile(params.v_tma, &shared.v_ring.full[v_state.stage], shared.v[v_state.stage], Config::kBlockN,
                 Config::kHeadDimV, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
                 CacheHint::kEvictLast);
@@ -130,7 +171,7 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
     };
 
     load_k(0);
-    shared.q_ring.begin_fill(q_state, Config::kBlockM * Config::kHeadDim * kElementBytes);
+    shared.q_ring.begin_fill(q_state, Config::kQueryTileBytes);
     copy_tile(params.q_tma, &shared.q_ring.full[q_state.stage], shared.q[q_state.stage], Config::kBlockM,
               Config::kHeadDim, sequence.first_row_q + item.m_block * Config::kBlockM, item.head, sequence.batch_q,
               CacheHint::kEvictFirst);
@@ -165,7 +206,7 @@ struct MaskedTile {
 template <class Config>
 __device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread, uint32_t keep, uint32_t flip) {
   constexpr int kBytesPerSlab = kRowsPerWarpgroup * kSlabRowBytes;
-  for (int slab = 0; slab < Config::kHeadDim / kSlabColumns; ++slab) {
+  for (int slab = 0; slab < num_slabs(Config::kHeadDim); ++slab) {
     const uint32_t start = q + slab * Config::kBlockM * kSlabRowBytes + warpgroup * kBytesPerSlab;
     for (int offset = thread * 16; offset < kBytesPerSlab; offset += kThreadsPerWarpgroup * 16) {
       uint32_t w[4];
@@ -194,7 +235,14 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   const int lane = thread % 32;
   const bool elected = lane == 0;
   const int warp_row = warpgroup * kRowsPerWarpgroup + thread / 32 * kRowsPerWarp;  // within the tile of queries
-  const uint32_t staging = shared_address(shared.out[warpgroup * 4 + thread / 32]);
+  const auto staging_area = [&]() -> uint32_t {
+    if constexpr (Config::kStagesInQuery) {
+      return shared_address(shared.q[0]) + warp_row * kSlabRowBytes;  // the warp's rows of the first slab
+    } else {
+      return shared_address(shared.out.areas[warpgroup * 4 + thread / 32]);
+    }
+  };
+  const uint32_t staging = staging_area();
   // Shuffles whose results the compiler cannot derive again: barrier numbers and descriptors then stay in registers
   // instead of being computed anew for every tile.
   const int my_index = __shfl_sync(0xffffffffu, threadIdx.x / kThreadsPerWarpgroup - 1, lane);
@@ -313,8 +361,10 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
         for (; i < tiles.num_masked; ++i) step(masked_tile(tiles.n_block(i)));
       }
       for (; i < tiles.num_tiles; ++i) step(UnmaskedTile{});
-      shared.q_ring.release(q_state, elected);
-      q_state.advance();
+      if constexpr (!Config::kStagesInQuery) {
+        shared.q_ring.release(q_state, elected);
+        q_state.advance();
+      }
 
       shared.v_ring.wait_full(v_state);
       issue_output();
@@ -337,7 +387,17 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
     }
     typename Config::Output output(params, sequence, item.head, first_row);
     output.store_lse(lse, lane);
-    output.store_rows(acc_o, staging, lane);
+    if constexpr (Config::kStagesInQuery) {
+      if (tiles.num_tiles == 0) shared.q_ring.wait_full(q_state);
+      named_barrier_sync(query_read_by(warpgroup), kThreadsPerWarpgroup);
+    }
+    output.store_rows(acc_o, staging, read_lane());
+    if constexpr (Config::kStagesInQuery) {
+      fence_async_proxy();  // the staged rows before the next tile of Q
+      __syncwarp();
+      shared.q_ring.release(q_state, elected);
+      q_state.advance();
+    }
   });
 
   // Takes the last signal of the ring, so that every arrival has met its wait.
@@ -377,27 +437,27 @@ __device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
 template <class Config, class Kernel>
 cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
-  static_assert(kSharedBytes <= 227 * 1024, "a Hopper CTA has at most 227 KB of shared memory");
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a Hopper CTA has at most 227 KB of shared memory");
 
   const int num_m_blocks = ceil_div(params.seqlen_q, Config::kBlockM);
   const int64_t num_items = int64_t(num_m_blocks) * params.num_heads * params.batch;
   if (num_items == 0) return cudaSuccess;
   // Item numbers are ints, and the last round goes past the end.
   if (num_items + 2 * params.num_ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t kv_bytes = int64_t(params.seqlen_k) * (Config::kHeadDim + Config::kHeadDimV) * 2;
+  const int64_t kv_bytes = int64_t(params.seqlen_k) * (params.head_dim + params.head_dim_v) * 2;
   params.schedule =
       make_schedule(num_m_blocks, params.batch, params.num_heads, params.num_heads_kv, kv_bytes);
 
   cudaError_t status = encode_tma_tensor(&params.q_tma, {params.q, params.q_strides, params.batch, params.seqlen_q,
-                                                         params.num_heads, Config::kHeadDim, Config::kBlockM});
+                                                         params.num_heads, params.head_dim, Config::kBlockM});
   // Without keys nothing is copied, and the maps of empty tensors do not exist.
   if (status == cudaSuccess && params.seqlen_k > 0) {
     status = encode_tma_tensor(&params.k_tma, {params.k, params.k_strides, params.batch, params.seqlen_k,
-                                               params.num_heads_kv, Config::kHeadDim, Config::kBlockN});
+                                               params.num_heads_kv, params.head_dim, Config::kBlockN});
   }
   if (status == cudaSuccess && params.seqlen_k > 0) {
     status = encode_tma_tensor(&params.v_tma, {params.v, params.v_strides, params.batch, params.seqlen_k,
-                                               params.num_heads_kv, Config::kHeadDimV, Config::kBlockN});
+                                               params.num_heads_kv, params.head_dim_v, Config::kBlockN});
   }
   if (status != cudaSuccess) return status;
 

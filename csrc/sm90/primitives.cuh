@@ -88,6 +88,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// The lane, read anew: what is derived from it is computed there and not kept in registers from before.
+__device__ __forceinline__ int read_lane() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return static_cast<int>(lane);
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -145,6 +152,12 @@ __device__ __forceinline__ void complete_before_wait(float value) {
 
 #define FX_TEXT_32 FX_TEXT10() ", " FX_TEXT10(1) ", " FX_TEXT10(2) ", %30, %31"
 #define FX_REGS_32 FX_REGS10(), FX_REGS10(1), FX_REGS10(2), "+f"(d[30]), "+f"(d[31])
+#define FX_TEXT_40 FX_TEXT10() ", " FX_TEXT10(1) ", " FX_TEXT10(2) ", " FX_TEXT10(3)
+#define FX_REGS_40 FX_REGS10(), FX_REGS10(1), FX_REGS10(2), FX_REGS10(3)
+#define FX_TEXT_48 FX_TEXT_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define FX_REGS_48 FX_REGS_40, FX_REGS8(4)
+#define FX_TEXT_56 FX_TEXT_40 ", " FX_TEXT10(4) ", %50, %51, %52, %53, %54, %55"
+#define FX_REGS_56 FX_REGS_40, FX_REGS10(4), FX_REGS4(5, 0, 1, 2, 3), "+f"(d[54]), "+f"(d[55])
 #define FX_TEXT_60 FX_TEXT10() ", " FX_TEXT10(1) ", " FX_TEXT10(2) ", " FX_TEXT10(3) ", " FX_TEXT10(4) ", " FX_TEXT10(5)
 #define FX_REGS_60 FX_REGS10(), FX_REGS10(1), FX_REGS10(2), FX_REGS10(3), FX_REGS10(4), FX_REGS10(5)
 #define FX_TEXT_64 FX_TEXT_60 ", %60, %61, %62, %63"
@@ -152,6 +165,14 @@ __device__ __forceinline__ void complete_before_wait(float value) {
 #define FX_TEXT_88 \
   FX_TEXT_60 ", " FX_TEXT10(6) ", " FX_TEXT10(7) ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define FX_REGS_88 FX_REGS_60, FX_REGS10(6), FX_REGS10(7), FX_REGS8(8)
+#define FX_TEXT_90 FX_TEXT_60 ", " FX_TEXT10(6) ", " FX_TEXT10(7) ", " FX_TEXT10(8)
+#define FX_REGS_90 FX_REGS_60, FX_REGS10(6), FX_REGS10(7), FX_REGS10(8)
+#define FX_TEXT_96 FX_TEXT_90 ", %90, %91, %92, %93, %94, %95"
+#define FX_REGS_96 FX_REGS_90, FX_REGS4(9, 0, 1, 2, 3), "+f"(d[94]), "+f"(d[95])
+#define FX_TEXT_128                                                                \
+  FX_TEXT_90 ", " FX_TEXT10(9) ", " FX_TEXT10(10) ", " FX_TEXT10(11) ", %120, %121, " \
+             "%122, %123, %124, %125, %126, %127"
+#define FX_REGS_128 FX_REGS_90, FX_REGS10(9), FX_REGS10(10), FX_REGS10(11), FX_REGS8(12)
 
 template <class Element, int kN>
 struct Wgmma;
@@ -179,7 +200,12 @@ struct Wgmma;
   FX_DEFINE_WGMMA(__nv_bfloat16, "bf16", N, R, A, B, C, D, E, F)      \
   FX_DEFINE_WGMMA(__half, "f16", N, R, A, B, C, D, E, F)
 FX_DEFINE_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
+FX_DEFINE_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
+FX_DEFINE_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
+FX_DEFINE_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
 FX_DEFINE_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
 FX_DEFINE_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
+FX_DEFINE_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
+FX_DEFINE_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 
 }  // namespace flash_ext::sm90

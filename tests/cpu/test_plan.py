@@ -116,7 +116,7 @@ def test_names_are_unique_and_say_what_they_are(variants_module: Any) -> None:
 
 @needs_sm90
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
-@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 192, 256))
 @pytest.mark.parametrize("causal", (False, True))
 def test_hopper_takes_its_kernels(dtype: str, head_dim: int, causal: bool) -> None:
     q, k = layout(2, 1000, 8, head_dim), layout(2, 1000, 2, head_dim)
@@ -128,6 +128,23 @@ def test_hopper_takes_its_kernels(dtype: str, head_dim: int, causal: bool) -> No
     tiles = -(-1000 // got["tile"][0]) * 8 * 2
     assert got["grid"] == (min(132, tiles), 1, 1) and plan("sm90:7", dtype=dtype, q=q, k=k, v=k, causal=causal)["grid"] == (7, 1, 1)
     assert set(got["rejected"]) == {"sm80", "reference"}
+
+
+@needs_sm90
+@pytest.mark.parametrize("causal", (False, True))
+def test_every_multiple_of_8_takes_the_smallest_row_that_covers_it(causal: bool) -> None:
+    rows = [
+        v for v in VARIANTS.values() if v["name"].startswith("fwd_sm90_bf16") and v["name"].endswith("causal" if causal else "full")
+    ]
+    if not {(256, 256), (192, 128)} <= {(v["head_dim"], v["head_dim_v"]) for v in rows}:
+        pytest.skip("this build holds a subset of the forward rows")
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            q, k, v = layout(2, 900, 8, head_dim), layout(2, 900, 2, head_dim), layout(2, 900, 2, head_dim_v)
+            got = plan(q=q, k=k, v=v, causal=causal)
+            covering = [v for v in rows if v["head_dim"] >= head_dim and v["head_dim_v"] >= head_dim_v]
+            smallest = min(covering, key=lambda v: v["head_dim"] + v["head_dim_v"])
+            assert (got["variant"], got["copies"], got["workspace_bytes"]) == (smallest["name"], [], 0), (head_dim, head_dim_v)
 
 
 @needs_sm90
@@ -152,8 +169,12 @@ def test_options_come_to_the_simplest_mask(changes: dict, mask: str) -> None:
     [
         ({"dtype": "float32"}, "no compiled kernel takes float32"),
         ({"dtype": "float64"}, "no compiled kernel takes float64"),
-        ({"q": layout(2, 9, 8, 96), "k": layout(2, 9, 2, 96), "v": layout(2, 9, 2, 96)}, "no compiled kernel has head_dim 96"),
-        ({"v": layout(2, 1000, 2, 72)}, "no compiled kernel has head_dim 128 with head_dim_v 72"),
+        (
+            {"q": layout(2, 9, 8, 100), "k": layout(2, 9, 2, 100), "v": layout(2, 9, 2, 100)},
+            "no compiled kernel has head_dim 100: they must be multiples of 8",
+        ),
+        ({"v": layout(2, 1000, 2, 4)}, "no compiled kernel has head_dim 128 with head_dim_v 4: they must be multiples of 8"),
+        ({"v": layout(2, 1000, 2, 264)}, "no compiled kernel has head_dim 128 with head_dim_v 264"),
         ({"window_left": 998}, "no compiled kernel has window_size (998, 0)"),
         ({"causal": False, "window_right": 7}, "no compiled kernel has window_size (-1, 7)"),
         ({"softcap": 30.0}, "no compiled kernel has softcap"),

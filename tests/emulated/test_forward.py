@@ -20,6 +20,9 @@ def planned(case: Case, dtype: torch.dtype) -> flash_ext.Explanation:
     return flash_ext.explain(**tensors, device_info=f"{ARCH}:{env.EMULATE_SMS}", **case.options)
 
 
+# (head_dim, head_dim_v) of the rows beside 64 and 128.
+MORE_DIMS = ((96, 96), (192, 128), (192, 192), (256, 256))
+
 # Long enough that persistent CTAs take several tiles and every ring of stages wraps.
 LONG = (
     Case("wrap", 600, 1200, batch=1, num_heads=2, num_heads_kv=1, head_dim=128),
@@ -35,8 +38,25 @@ LONG = (
         for causal in (False, True)
         for scale in (-0.2, 0.0)
     ),
+    *(
+        Case("wrap", 430, 450, batch=1, num_heads_kv=1, head_dim=d, head_dim_v=d_v, causal=causal, softmax_scale=scale)
+        for d, d_v in MORE_DIMS
+        for causal, scale in ((False, None), (True, None), (False, -0.2), (True, 0.0))
+    ),
+    # Tiles of queries that see no key, before and after others, where the output is staged in the buffer of Q.
+    *(Case("hidden_tiles", 600, 200, batch=1, head_dim=d, causal=True) for d in (192, 256)),
+    *(Case("no_key", 140, 0, head_dim=d, head_dim_v=d_v, causal=causal) for d, d_v in MORE_DIMS for causal in (False, True)),
 )
-COVERED = {c.name: c for c in (*cases.CASES.values(), *LONG) if planned(c, torch.bfloat16).backend == BACKEND}
+# Other head dims run on the next larger row: TMA fills the columns beyond them with zeros, the store leaves them out.
+ODD_DIMS = (
+    *((d, d) for d in (8, 16, 24, 40, 56, 72, 80, 88, 104, 120, 136, 152, 184, 200, 248)),
+    *((8, 256), (256, 8), (64, 96), (72, 24), (40, 128), (128, 40), (136, 128), (192, 96), (184, 136), (160, 192), (200, 64)),
+)
+ODD = tuple(
+    Case("zero_fill", 150, 190, batch=1, num_heads_kv=1, head_dim=d, head_dim_v=d_v, causal=n % 2 == 0, layout="padded")
+    for n, (d, d_v) in enumerate(ODD_DIMS)
+)
+COVERED = {c.name: c for c in (*cases.CASES.values(), *LONG, *ODD) if planned(c, torch.bfloat16).backend == BACKEND}
 if not COVERED:
     pytest.skip(f"no forward kernel for {ARCH} yet", allow_module_level=True)
 
@@ -80,7 +100,9 @@ def test_every_block_of_every_row_is_executed(schedule) -> None:
 
 
 @pytest.mark.parametrize("num_sms", (1, 2, 4))
-@pytest.mark.parametrize("case", LONG[:5], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [*LONG[:5], *(c for c in LONG if c.head_dim not in (64, 128) and c.softmax_scale is None)], ids=lambda c: c.name
+)
 def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, schedule) -> None:
     tensors = cases.build(case, "cpu", torch.bfloat16)
     results = []
@@ -92,9 +114,9 @@ def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, schedule) 
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
-@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("head_dim,head_dim_v", ((64, 64), (128, 128), *MORE_DIMS, (24, 24), (80, 88), (200, 72)))
 @pytest.mark.parametrize("causal", (False, True))
-def test_one_hot_values_spell_out_the_weights(head_dim: int, causal: bool, schedule) -> None:
+def test_one_hot_values_spell_out_the_weights(head_dim: int, head_dim_v: int, causal: bool, schedule) -> None:
     """Row i attends to one key alone (scores differ by far more than exp can hold), so out must be that key's value, exactly."""
     schedule("checks")
     seqlen = 300
@@ -106,10 +128,10 @@ def test_one_hot_values_spell_out_the_weights(head_dim: int, causal: bool, sched
     bits = 9
     corner = ((torch.arange(seqlen)[:, None] >> torch.arange(bits)) & 1).float() * 2 - 1
     k = torch.zeros(1, seqlen, 1, head_dim)
-    k[0, :, 0, :bits] = 16 * corner
+    k[0, :, 0, -bits:] = 16 * corner
     q = k[:, target]
     # Values spell the key's number in three digits of base 8, exact in bf16, in changing columns.
-    v = torch.zeros(1, seqlen, 1, head_dim)
+    v = torch.zeros(1, seqlen, 1, head_dim_v)
     for digit in range(3):
         v[0, :, 0, digit::3] = (torch.arange(seqlen) >> (3 * digit) & 7).float()[:, None]
     q, k, v = (t.bfloat16() for t in (q, k, v))
@@ -131,6 +153,24 @@ def test_rows_beyond_the_sequence_hold_nan_and_inf(schedule) -> None:
         for causal in (False, True):
             expected = flash_ext.attention(*clean, causal=causal, backend=BACKEND)
             assert torch.equal(flash_ext.attention(*poisoned, causal=causal, backend=BACKEND), expected)
+
+
+@pytest.mark.parametrize("head_dim,head_dim_v", ((40, 72), (80, 80), (104, 56), (136, 120), (168, 176), (232, 248)))
+def test_columns_beyond_the_head_dims_hold_nan_and_inf(head_dim: int, head_dim_v: int, schedule) -> None:
+    """The kernel's columns beyond head_dim and head_dim_v read as zeros, whatever stands behind a row."""
+    schedule("checks")
+    generator = torch.Generator().manual_seed(0)
+    clean = [torch.randn(1, 150, 2, d, generator=generator).bfloat16() for d in (head_dim, head_dim, head_dim_v)]
+    expected = flash_ext.attention(*clean, return_lse=True, backend=BACKEND)
+    assert torch.isfinite(expected[0]).all() and torch.isfinite(expected[1]).all()
+    for poison in (torch.nan, torch.inf):
+        poisoned = []
+        for tensor in clean:
+            larger = torch.full((1, 150, 2, 320), poison, dtype=torch.bfloat16)
+            larger[..., : tensor.shape[-1]] = tensor
+            poisoned.append(larger[..., : tensor.shape[-1]])
+        for got, want in zip(flash_ext.attention(*poisoned, return_lse=True, backend=BACKEND), expected, strict=True):
+            assert torch.equal(got, want)
 
 
 def test_a_copy_is_made_and_explained_for_unaligned_tensors(schedule) -> None:

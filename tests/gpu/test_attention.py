@@ -174,7 +174,7 @@ def test_cuda_graphs() -> None:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("head_dim", (64, 72, 96, 128, 192, 256))
 def test_forward_is_bitwise_repeatable(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = (rand(2, 700, 4, head_dim, seed=s, dtype=dtype) for s in range(3))
     first = flash_ext.attention(q, k, v, causal=True, return_lse=True)
@@ -184,7 +184,7 @@ def test_forward_is_bitwise_repeatable(head_dim: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("head_dim", (64, 72, 96, 128, 192, 256))
 def test_one_hot_values_spell_out_probabilities(head_dim: int) -> None:
     """Scores of 0: out[i, j] is 1 / (visible keys) for the keys row i sees and 0 for the others, column by column."""
     seqlen = head_dim
