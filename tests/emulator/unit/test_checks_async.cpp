@@ -83,6 +83,21 @@ void pipelines() {
     s.c().fence_proxy_async(s.at(0), ProxyFence::kShared);
     s.issue();
   });
+  run("what a load has overwritten is forgotten", nullptr, [](Scene& s) {
+    s.init_barriers();
+    s.issue();
+    s.land();
+    s.wait(4);
+    s.load(4);
+    s.c().mbarrier_arrive(s.lane0(4), 0, kEmpty, 1, 0, true, true);
+    s.wait(0, kEmpty);
+    // A relaxed arrival: those who wait learn of the copy, not of the reader before it.
+    s.c().mbarrier_arrive(s.lane0(0), 0, kBarrier, 1, 4096, false, false);
+    s.tma();
+    s.land();
+    s.wait(5);
+    s.store(5);
+  });
   run("relaxed wait acquires nothing", fault_kind::kSharedRace, [](Scene& s) {
     s.init_barriers();
     s.issue();
