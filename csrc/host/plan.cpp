@@ -1,7 +1,9 @@
 #include "host/plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <charconv>
+#include <optional>
 #include <stdexcept>
 
 namespace flash_ext {
@@ -46,52 +48,55 @@ Mask mask_of(const FwdProblem& problem) {
   return problem.window_right == 0 ? Mask::k_causal : Mask::k_none;
 }
 
-// Why a row does not cover the problem; empty when it does.
-std::vector<std::string> reasons_against(const Variant& row, const FwdProblem& problem) {
+// What of the problem a row does not cover, as bits: a plan is made at every call, its words only where somebody asks.
+enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kSoftcap = 8 };
+
+unsigned mismatches(const Variant& row, const FwdProblem& problem, Mask mask) {
+  const auto covers = [](int largest, int64_t dim) { return dim <= largest && dim % 8 == 0; };
+  const bool dims = covers(row.head_dim, problem.head_dim()) && covers(row.head_dim_v, problem.head_dim_v());
+  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (row.mask != mask) |
+         kSoftcap * (problem.softcap > 0);
+}
+
+std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, Mask mask) {
   std::vector<std::string> reasons;
-  if (row.dtype != problem.dtype) {
-    reasons.push_back(std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
+  if (mismatch & kDtype) reasons.push_back(std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
+  if (mismatch & kHeadDim) {
+    const int64_t dim = problem.head_dim(), dim_v = problem.head_dim_v();
+    reasons.push_back("no compiled kernel has head_dim " + std::to_string(dim) +
+                      (dim == dim_v ? "" : " with head_dim_v " + std::to_string(dim_v)) +
+                      (dim % 8 != 0 || dim_v % 8 != 0 ? ": they must be multiples of 8" : ""));
   }
-  const auto head_dims = [&] {
-    const bool equal = problem.head_dim() == problem.head_dim_v();
-    return "head_dim " + std::to_string(problem.head_dim()) +
-           (equal ? "" : " with head_dim_v " + std::to_string(problem.head_dim_v()));
-  };
-  if (problem.head_dim() % 8 != 0 || problem.head_dim_v() % 8 != 0) {
-    reasons.push_back("no compiled kernel has " + head_dims() + ": they must be multiples of 8");
-  } else if (row.head_dim < problem.head_dim() || row.head_dim_v < problem.head_dim_v()) {
-    reasons.push_back("no compiled kernel has " + head_dims());
+  if (mismatch & kMask) {
+    reasons.push_back(mask == Mask::k_none ? "no compiled kernel has window_size (" + std::to_string(problem.window_left) +
+                                                 ", " + std::to_string(problem.window_right) + ")"
+                                           : std::string("no compiled kernel has the ") +
+                                                 (mask == Mask::k_full ? "full" : "causal") + " mask");
   }
-  const Mask mask = mask_of(problem);
-  if (mask == Mask::k_none) {
-    reasons.push_back("no compiled kernel has window_size (" + std::to_string(problem.window_left) + ", " +
-                      std::to_string(problem.window_right) + ")");
-  } else if (row.mask != mask) {
-    reasons.push_back(std::string("no compiled kernel has the ") + (mask == Mask::k_full ? "full" : "causal") + " mask");
-  }
-  if (problem.softcap > 0) reasons.push_back("no compiled kernel has softcap");
+  if (mismatch & kSoftcap) reasons.push_back("no compiled kernel has softcap");
   return reasons;
 }
 
 // The row of this backend that covers the problem with the least work, or the reasons against the one that comes closest.
 const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& problem, const char* direction,
                         std::vector<std::string>* reasons) {
-  bool any = false;
+  const Mask mask = mask_of(problem);
   const Variant* smallest = nullptr;
-  std::vector<std::string> closest;
+  std::optional<unsigned> closest;
   for (const Variant& row : variants()) {
     if (row.op != op || row.arch != backend.arch) continue;
-    std::vector<std::string> against = reasons_against(row, problem);
-    if (against.empty() &&
-        (smallest == nullptr || row.head_dim + row.head_dim_v < smallest->head_dim + smallest->head_dim_v)) {
+    const unsigned mismatch = mismatches(row, problem, mask);
+    if (mismatch == 0 && (smallest == nullptr || row.head_dim + row.head_dim_v < smallest->head_dim + smallest->head_dim_v)) {
       smallest = &row;
     }
-    if (!any || against.size() < closest.size()) closest = std::move(against);
-    any = true;
+    if (!closest || std::popcount(mismatch) < std::popcount(*closest)) closest = mismatch;
   }
   if (smallest != nullptr) return smallest;
-  if (!any) closest = {std::string("this build has no ") + direction + " kernel for " + backend.name};
-  reasons->insert(reasons->end(), closest.begin(), closest.end());
+  if (closest) {
+    *reasons = describe(*closest, problem, mask);
+  } else {
+    *reasons = {std::string("this build has no ") + direction + " kernel for " + backend.name};
+  }
   return nullptr;
 }
 
@@ -120,31 +125,27 @@ bool sizes_fit(const FwdProblem& problem) {
 FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op op, const char* direction) {
   FwdPlan plan;
   for (const KernelBackend& backend : kKernelBackends) {
-    if (!plan.backend.empty()) {
-      plan.rejected.push_back({backend.name, {plan.backend + " is preferred"}});
-      continue;
-    }
     std::vector<std::string> reasons;
     const Variant* row = nullptr;
     if (device.arch == 0) {
       reasons.push_back("the tensors are not on a CUDA device");
     } else {
+      row = find_row(backend, op, problem, direction, &reasons);
       if (!device_runs(device, backend.arch)) {
         reasons.push_back("needs compute capability " + capability(backend.arch) +
                           (backend.arch == 90 ? "" : " or later") + ", this GPU has " + capability(device.arch));
       }
       if (!sizes_fit(problem)) reasons.push_back("batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers");
-      row = find_row(backend, op, problem, direction, &reasons);
     }
     const bool wanted = problem.backend.empty() || problem.backend == backend.name;
-    if (reasons.empty() && wanted) {
+    if (reasons.empty() && wanted && plan.backend.empty()) {
       plan.backend = backend.name;
       plan.variant = row;
       fill_launch(&plan, problem, device);
-    } else {
-      if (reasons.empty()) reasons.push_back("backend '" + problem.backend + "' was asked for");
-      plan.rejected.push_back({backend.name, std::move(reasons)});
+      continue;
     }
+    if (reasons.empty()) reasons.push_back(wanted ? plan.backend + " is preferred" : "backend '" + problem.backend + "' was asked for");
+    plan.rejected.push_back({backend.name, std::move(reasons)});
   }
   const bool reference = problem.backend.empty() || problem.backend == "reference";
   if (!plan.backend.empty()) {

@@ -166,12 +166,17 @@ def build_library(out: Path, jobs: int = 0) -> Path:
         )
 
 
-def build_binding(out: Path, jobs: int = 0) -> Path:
-    import pybind11
+def pybind11_include() -> Path:
+    """pybind11 as torch brings it along; setup.py uses the same."""
+    from torch.utils import cpp_extension
 
+    return next(Path(path) for path in cpp_extension.include_paths() if (Path(path) / "pybind11" / "pybind11.h").exists())
+
+
+def build_binding(out: Path, jobs: int = 0) -> Path:
     library = build_library(out, jobs)
     with locked(out):
-        python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden")
+        python = ("-isystem", str(pybind11_include()), f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden")
         return link(
             [cxx_object(SOURCES / "binding.cpp", out, python)],
             out / BINDING,
