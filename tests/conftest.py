@@ -13,6 +13,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+# flash_ext reads FLASH_EXT_EMULATE at import: emulated tests and all others need a process each.
+_EMULATED = "emulated"
+collect_ignore = (
+    [entry.name for entry in Path(__file__).parent.iterdir() if entry.name not in (_EMULATED, "conftest.py")]
+    if os.environ.get("FLASH_EXT_EMULATE")
+    else [_EMULATED]
+)
+
 torch.set_num_threads(1)  # the tensors of most tests are too small for more
 
 
