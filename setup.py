@@ -127,7 +127,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             "architectures": list(architectures.groups) if cuda else [],
             "sass": [f"sm_{a}" for a in architectures.sm80] + (["sm_90a"] if architectures.sm90 else []) if cuda else [],
             "torch": torch.__version__,
-            "compiler": subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0],
+            "compiler": subprocess.run(
+                [*shlex.split(cxx), "--version"], capture_output=True, text=True, check=True
+            ).stdout.splitlines()[0],
             "num_variants": len(rows),
         }
         # As a file, not a -D flag: a quoted JSON object does not survive every shell on the way.

@@ -6,7 +6,6 @@ rule that a symbolic size neither fulfils nor violates for certain is left to th
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ def _certain(condition: Any) -> bool:
     """Whether a condition on sizes holds for certain; an undecidable symbolic condition does not."""
     if isinstance(condition, bool):
         return condition
+    if not isinstance(condition, torch.SymBool):
+        return bool(condition)  # numpy's scalars compare to a bool of their own
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return guard_or_false(condition)
@@ -33,9 +34,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a number is finite in the dtype that it is used in."""
     # By comparisons, because math.isfinite takes no symbolic float.
-    return not (_certain(value != value) or _certain(value == math.inf) or _certain(value == -math.inf))
+    largest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+    return not (_certain(value != value) or _certain(value > largest) or _certain(value < -largest))
 
 
 def _type_violations(
@@ -75,13 +78,14 @@ def _tensor_violations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> lis
     found = []
     tensors = (("q", q), ("k", k), ("v", v))
     for name, tensor in tensors:
+        if tensor.is_nested:
+            found.append(f"{name} must be a dense (strided) tensor, got a nested tensor")
+            continue
         if tensor.layout != torch.strided:
             found.append(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
         if tensor.dim() != 4:
             found.append(f"{name} must have 4 dimensions (batch, seqlen, num_heads, head_dim), got {tensor.dim()}")
-    if found:
-        return found
-
+    wrong_kind = len(found) > 0
     if q.dtype not in DTYPES:
         found.append(f"q.dtype must be bfloat16, float16, float32 or float64, got {q.dtype}")
     for name, tensor in tensors[1:]:
@@ -89,6 +93,8 @@ def _tensor_violations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> lis
             found.append(f"{name}.dtype must equal q.dtype, got {tensor.dtype} and {q.dtype}")
         if tensor.device != q.device:
             found.append(f"{name}.device must equal q.device, got {tensor.device} and {q.device}")
+    if wrong_kind:  # sizes mean nothing then
+        return found
 
     def must_equal(left: str, a: Any, right: str, b: Any) -> None:
         if _certain(a != b):
@@ -111,9 +117,9 @@ def _tensor_violations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> lis
     return found
 
 
-def _option_violations(softmax_scale: Any, window_size: Any, softcap: Any, backend: str | None) -> list[str]:
+def _option_violations(dtype: torch.dtype, softmax_scale: Any, window_size: Any, softcap: Any, backend: str | None) -> list[str]:
     found = []
-    if softmax_scale is not None and not _is_finite(softmax_scale):
+    if softmax_scale is not None and not _is_finite(softmax_scale, dtype):
         found.append(f"softmax_scale must be finite, got {softmax_scale}")
     if len(window_size) != 2:
         found.append(f"window_size must be a pair (left, right), got {len(window_size)} values")
@@ -121,11 +127,28 @@ def _option_violations(softmax_scale: Any, window_size: Any, softcap: Any, backe
         for side, value in zip(("left", "right"), window_size, strict=True):
             if _certain(value < -1):
                 found.append(f"window_size {side} must be -1 (unbounded) or at least 0, got {value}")
-    if not _is_finite(softcap) or _certain(softcap < 0):
+            elif _certain(value >= 2**63):
+                found.append(f"window_size {side} must be below 2**63, got {value}")
+    if not _is_finite(softcap, dtype) or _certain(softcap < 0):
         found.append(f"softcap must be finite and at least 0 (0: off), got {softcap}")
     if backend is not None and backend not in BACKENDS:
-        found.append(f"backend must be one of {', '.join(BACKENDS)} or None, got '{backend}'")
+        found.append(
+            f"backend must be one of {', '.join(BACKENDS)} or None, got '{backend}' "
+            "(flash_ext.supported(q, k, v) says why each cannot run)"
+        )
     return found
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to the autocast dtype."""
+    if not all(isinstance(t, torch.Tensor) for t in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if t.dtype in castable and t.device.type == device else t for t in tensors)
 
 
 def check_arguments(
@@ -148,6 +171,6 @@ def check_arguments(
     )  # fmt: skip
     if violations:
         raise TypeError("attention: " + "; ".join(violations))
-    violations = _tensor_violations(q, k, v) + _option_violations(softmax_scale, window_size, softcap, backend)
+    violations = _tensor_violations(q, k, v) + _option_violations(q.dtype, softmax_scale, window_size, softcap, backend)
     if violations:
         raise ValueError("attention: " + "; ".join(violations))

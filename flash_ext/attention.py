@@ -7,16 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .arguments import check_arguments
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to the autocast dtype."""
-    device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+from .arguments import autocast, check_arguments
 
 
 def attention(
@@ -70,6 +61,7 @@ def attention(
         NotImplementedError: inside torch.func transforms, in forward-mode differentiation, and for a second derivative.
         RuntimeError: CUDA failed.
     """
+    q, k, v = autocast(q, k, v)
     check_arguments(
         q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
         return_lse=return_lse, deterministic=deterministic, backend=backend,
@@ -77,7 +69,6 @@ def attention(
     tracing = torch.compiler.is_compiling()
     if not tracing:
         _check_eager(q, k, v, causal, softmax_scale, window_size, softcap, backend)
-    q, k, v = _autocast(q, k, v)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if deterministic is None:

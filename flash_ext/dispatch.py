@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import env, ops, reference
-from .arguments import BACKENDS, check_arguments
+from .arguments import BACKENDS, autocast, check_arguments
 
 DEVICES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
@@ -61,7 +61,7 @@ def device_name(tensor: Tensor) -> str:
     """The planner's name of the device that a tensor is on."""
     if env.EMULATE and tensor.device.type == "cpu":
         return f"{env.EMULATE}:{env.EMULATE_SMS}"
-    if tensor.device.type != "cuda" or ops.library_error is not None:
+    if tensor.device.type != "cuda" or ops.library_error is not None or not torch.cuda.is_available():
         return "cpu"
     properties = torch.cuda.get_device_properties(tensor.device)
     return f"sm{properties.major}{properties.minor}:{properties.multi_processor_count}:{properties.shared_memory_per_block_optin}"
@@ -74,7 +74,7 @@ def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
 
 def _plan(device: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> dict[str, Any]:
     scale = options["softmax_scale"]
-    return _host().plan_fwd(
+    plan = _host().plan_fwd(
         device=device,
         dtype=str(q.dtype).removeprefix("torch."),
         q=_layout(q),
@@ -87,9 +87,14 @@ def _plan(device: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any])
         softcap=float(options["softcap"]),
         backend=options["backend"] or "",
     )
+    if device == "cpu" and q.device.type == "cuda" and ops.library_error is not None:
+        why = f"the compiled kernels are not available: {ops.library_error}"
+        plan["rejected"] = {name: [why] for name in plan["rejected"]}
+    return plan
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+def _options(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """The tensors as attention would take them (autocast), and every option with its default; checked."""
     options = {
         "causal": False, "softmax_scale": None, "window_size": (-1, -1), "softcap": 0.0, "return_lse": False,
         "deterministic": None, "backend": None,
@@ -98,8 +103,9 @@ def _options(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> dict[str
     if unknown:
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}; attention takes {', '.join(options)}")
     options.update(given)
+    q, k, v = autocast(q, k, v)
     check_arguments(q, k, v, **options)
-    return options
+    return q, k, v, options
 
 
 def supported(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, list[str]]:
@@ -107,7 +113,7 @@ def supported(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, list
 
     Takes and checks the arguments of flash_ext.attention; reads no data, and works on meta tensors.
     """
-    options = _options(q, k, v, options)
+    q, k, v, options = _options(q, k, v, options)
     device, reasons = device_name(q), {}
     for backend in BACKENDS:
         plan = _plan(device, q, k, v, {**options, "backend": backend})
@@ -135,7 +141,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, 
     Raises:
         TypeError, ValueError: as flash_ext.attention; also for an unknown device_info.
     """
-    options = _options(q, k, v, options)
+    q, k, v, options = _options(q, k, v, options)
     if device_info is not None and (not isinstance(device_info, str) or device_info.split(":")[0] not in DEVICES):
         raise ValueError(f"device_info must be one of {', '.join(DEVICES)}, optionally followed by ':SMS', got {device_info!r}")
     plan = _plan(device_info or device_name(q), q, k, v, options)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import env, reference
+from .arguments import DTYPES
 
 STATS_ROW_ALIGNMENT = 128  # kStatsRowAlignment of csrc/common/params.h
 
@@ -51,7 +52,15 @@ def _scoring(softmax_scale: float, causal: bool, window_left: int, window_right:
     return reference.Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap)
 
 
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """For ops that are called directly: attention has checked far more."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2] or q.dtype not in DTYPES:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (q, k, v))
+        raise ValueError(f"flash_ext: q, k, v must be (batch, seqlen, heads, head_dim), q heads a multiple of k's, got {shapes}")
+
+
 def _reference_fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, reason):
+    _check_shapes(q, k, v)
     if reason:
         env.warn_of_fallback("attention (forward)", reason)
     with torch.autocast(q.device.type, enabled=False):  # else autocast would run the float32 arithmetic in 16 bits

@@ -181,7 +181,10 @@ def free_memory_bytes() -> int:
 def parallel_jobs() -> int:
     """MAX_JOBS, or the number of usable cores, capped by free memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    wanted = int(os.environ.get("MAX_JOBS") or cores)
+    given = os.environ.get("MAX_JOBS") or str(cores)
+    if not given.isdigit() or int(given) == 0:
+        raise ToolchainError(f"MAX_JOBS must be a number above 0, got {given!r}")
+    wanted = int(given)
     return max(1, min(wanted, int(free_memory_bytes() / BYTES_PER_JOB)))
 
 
@@ -191,7 +194,7 @@ def check_cuda_major(nvcc_version: tuple[int, int], torch_cuda: str | None) -> N
         raise ToolchainError(
             f"nvcc is CUDA {nvcc_version[0]}.{nvcc_version[1]}, but torch was built for CUDA {torch_cuda}: the majors must be "
             "equal. Point CUDA_HOME at a matching toolkit, or install the matching torch. If torch here is the one of an "
-            "isolated build, use: pip install --no-build-isolation ."
+            "isolated build, use: pip install --no-build-isolation . (FLASH_EXT_BUILD_CUDA=0 builds without kernels)"
         )
 
 

@@ -179,7 +179,14 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
     "softcap_negative": (tensors, {"softcap": -1.0}, ValueError, ["softcap must be finite and at least 0 (0: off), got -1.0"]),
     "softcap_inf": (tensors, {"softcap": float("inf")}, ValueError, ["softcap must be finite and at least 0 (0: off), got inf"]),
     "softcap_nan": (tensors, {"softcap": float("nan")}, ValueError, ["softcap must be finite and at least 0 (0: off), got nan"]),
-    "backend": (tensors, {"backend": "sm75"}, ValueError, ["backend must be one of sm90, sm80, reference or None, got 'sm75'"]),
+    "backend": (
+        tensors,
+        {"backend": "sm75"},
+        ValueError,
+        [
+            "backend must be one of sm90, sm80, reference or None, got 'sm75' (flash_ext.supported(q, k, v) says why each cannot run)"
+        ],
+    ),
     # several at once
     "many": (
         lambda: tensors(q=(2, 5, 4, 16), k=(1, 7, 3, 8), v=(1, 9, 3, 16)),
@@ -194,7 +201,7 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
             "softmax_scale must be finite, got inf",
             "window_size left must be -1 (unbounded) or at least 0, got -5",
             "softcap must be finite and at least 0 (0: off), got -2",
-            "backend must be one of sm90, sm80, reference or None, got 'cuda'",
+            "backend must be one of sm90, sm80, reference or None, got 'cuda' (flash_ext.supported(q, k, v) says why each cannot run)",
         ],
     ),
 }
@@ -386,3 +393,41 @@ def test_direct_ops_name_an_unavailable_backend() -> None:
     q, k, v = tensors()
     with pytest.raises((ValueError, RuntimeError), match=re.escape("backend 'sm90' cannot run this call")):
         torch.ops.flash_ext.fwd(q, k, v, 1.0, False, -1, -1, 0.0, False, "sm90")
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    q, k, v = tensors()
+    out = flash_ext.attention(q, k, v, softmax_scale=numpy.float64(0.25), softcap=numpy.float64(2.0))
+    assert torch.equal(out, flash_ext.attention(q, k, v, softmax_scale=0.25, softcap=2.0))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"window_size": (2**63, 0)}, "window_size left must be below 2**63"),
+        ({"softmax_scale": 10**400}, "softmax_scale must be finite"),
+        ({"softcap": 1e39}, "softcap must be finite"),
+    ],
+)
+def test_numbers_beyond_every_kernel(options: dict, words: str) -> None:
+    q, k, v = tensors()
+    for call in (flash_ext.attention, flash_ext.explain, flash_ext.supported):
+        with pytest.raises(ValueError, match=words.replace("*", r"\*")):
+            call(q, k, v, **options)
+
+
+def test_nested_tensors_are_refused() -> None:
+    q, k, v = tensors()
+    nested = torch.nested.nested_tensor([torch.randn(3, 2, 8), torch.randn(5, 2, 8)])
+    with pytest.raises(ValueError, match="q must be a dense"):
+        flash_ext.attention(nested, k, v)
+    with pytest.raises(ValueError, match="v must be a dense"):
+        flash_ext.explain(q, k, nested)
+
+
+def test_direct_calls_of_the_op_check_heads_and_dtype() -> None:
+    q, k, v = tensors()
+    for bad in ((q.int(), k.int(), v.int()), (q[:, :, :1].repeat(1, 1, 3, 1), k[:, :, :1].repeat(1, 1, 2, 1), v)):
+        with pytest.raises(ValueError, match="multiple of k's"):
+            torch.ops.flash_ext.fwd(*bad, 1.0, False, -1, -1, 0.0, False, None)

@@ -318,10 +318,19 @@ def test_autocast_leaves_the_arithmetic_alone(dtype: torch.dtype) -> None:
 
 
 def test_autocast_mixed_dtypes_are_one_error() -> None:
-    """Arguments are checked as they are given: autocast hides no mistake."""
+    """float64 is never cast, so autocast cannot make it fit."""
     q, k, v = qkv()
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"k\.dtype must equal q\.dtype"):
         flash_ext.attention(q, k.double(), v)
+
+
+def test_autocast_takes_mixed_dtypes_as_sdpa_does() -> None:
+    """Rotated queries and keys in float32 beside values that a linear layer gave in bfloat16."""
+    q, k, v = (torch.randn(1, 9, 2, 16) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_ext.attention(q, k, v.bfloat16())
+        assert flash_ext.explain(q, k, v.bfloat16()).backend == "reference"
+    assert torch.equal(out, flash_ext.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
 
 
 def test_autocast_compiled() -> None:
