@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import env, ops, reference
 from .arguments import BACKENDS, autocast, check_arguments
@@ -68,8 +69,10 @@ def device_name(tensor: Tensor) -> str:
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    # Allocators align every storage, so the offset decides; no address is read (meta tensors have none).
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset() * tensor.element_size() % 16 == 0
+    # Meta and fake tensors have no address; allocators align every storage, so there the offset decides.
+    has_address = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+    address = tensor.data_ptr() if has_address else tensor.storage_offset() * tensor.element_size()
+    return tuple(tensor.shape), tuple(tensor.stride()), address % 16 == 0
 
 
 def _plan(device: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> dict[str, Any]:

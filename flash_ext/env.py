@@ -24,10 +24,32 @@ class FallbackWarning(UserWarning):
 EMULATE = os.environ.get("FLASH_EXT_EMULATE", "")
 EMULATE_SMS = os.environ.get("FLASH_EXT_EMULATE_SMS", "4")
 
-if EMULATE and EMULATE not in ("sm80", "sm86", "sm89", "sm90", "sm120"):
-    raise ValueError(f"FLASH_EXT_EMULATE must be sm80, sm86, sm89, sm90 or sm120, got {EMULATE!r}")
-if not EMULATE_SMS.isdigit() or int(EMULATE_SMS) == 0:
-    raise ValueError(f"FLASH_EXT_EMULATE_SMS must be a number of SMs above 0, got {EMULATE_SMS!r}")
+
+def _check_emulator_variables() -> None:
+    """The emulator reads its variables in C++ and could only stop the process: say it here, as an exception."""
+    if not EMULATE:
+        return
+    choices = {
+        "FLASH_EXT_EMULATE": ("sm80", "sm86", "sm89", "sm90", "sm120"),
+        "FLASH_EXT_EMULATE_SCHEDULE": ("early", "late", "random", "adversarial"),
+        "FLASH_EXT_EMULATE_CHECKS": ("0", "1"),
+    }
+    for name, allowed in choices.items():
+        value = os.environ.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
+    numbers = {
+        "FLASH_EXT_EMULATE_SMS": (1, 65535),
+        "FLASH_EXT_EMULATE_THREADS": (1, 1024),
+        "FLASH_EXT_EMULATE_SEED": (0, 2**63 - 1),
+    }
+    for name, (smallest, largest) in numbers.items():
+        value = os.environ.get(name, str(smallest))
+        if not (value.isascii() and value.isdecimal() and smallest <= int(value) <= largest):
+            raise ValueError(f"{name} must be a number from {smallest} to {largest}, got {value!r}")
+
+
+_check_emulator_variables()
 
 _reasons_already_given: set[str] = set()
 

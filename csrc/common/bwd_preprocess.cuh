@@ -120,8 +120,10 @@ cudaError_t launch_bwd_preprocess(Kernel* kernel, const BwdPreprocessParams& par
                                   cudaStream_t stream) {
   const int64_t num_blocks = int64_t(params.seqlen_q_rounded / Config::kBlockM) * params.num_heads *
                              params.batch;
-  kernel<<<dim3(static_cast<unsigned>(num_blocks)), Config::kNumThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
+  void* arguments[] = {const_cast<BwdPreprocessParams*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(num_blocks)),
+                          dim3(Config::kNumThreads), arguments, 0, stream);
 }
 
 }  // namespace flash_ext

@@ -28,6 +28,9 @@ template <class... Parts>
 #define FX_CUDA_CHECK(call, what)                                                                \
   do {                                                                                           \
     const cudaError_t error_ = (call);                                                           \
-    if (error_ != cudaSuccess)                                                                   \
-      ::flash_ext::fail(what, ": ", cudaGetErrorName(error_), ": ", cudaGetErrorString(error_)); \
+    if (error_ != cudaSuccess) {                                                                 \
+      const std::string text_ = cudaGetErrorString(error_);                                      \
+      (void)cudaGetLastError(); /* reported here: the next call starts clean */                  \
+      ::flash_ext::fail(what, ": ", cudaGetErrorName(error_), ": ", text_);                      \
+    }                                                                                            \
   } while (false)

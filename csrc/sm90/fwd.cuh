@@ -463,8 +463,10 @@ cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
 
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<params.num_ctas, Config::kNumThreads, kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(params.num_ctas), dim3(Config::kNumThreads), arguments,
+                          kSharedBytes, stream);
 }
 
 }  // namespace flash_ext::sm90

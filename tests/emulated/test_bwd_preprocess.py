@@ -10,11 +10,11 @@ from flash_ext import _emulator, env
 KERNEL_ARCH = "sm90" if env.EMULATE == "sm90" else "sm80"
 
 
-@pytest.mark.parametrize("with_dlse", (False, True))
+@pytest.mark.parametrize("with_dlse,name,num_sms", ((False, "checks", 4), (True, "late", 1), (True, "adversarial1", 3)))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
 @pytest.mark.parametrize("seqlen_q,head_dim_v", ((1, 8), (127, 64), (128, 72), (129, 128), (300, 136), (40, 256)))
-def test_statistics(seqlen_q: int, head_dim_v: int, dtype: torch.dtype, with_dlse: bool, schedule) -> None:
-    schedule("checks")
+def test_statistics(seqlen_q: int, head_dim_v: int, dtype: torch.dtype, with_dlse: bool, name: str, num_sms: int, schedule) -> None:
+    schedule(name, sms=num_sms)
     generator = torch.Generator().manual_seed(seqlen_q)
     batch, num_heads = 2, 3
     out = torch.randn(batch, seqlen_q, num_heads, head_dim_v, generator=generator).to(dtype)

@@ -76,7 +76,14 @@ def test_an_unavailable_backend_says_why(inputs: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     "variable, value, words",
-    [("FLASH_EXT_EMULATE", "sm75", "sm80, sm86, sm89, sm90 or sm120, got 'sm75'"), ("FLASH_EXT_EMULATE_SMS", "0", "got '0'")],
+    [
+        ("FLASH_EXT_EMULATE", "sm75", "sm80, sm86, sm89, sm90 or sm120, got 'sm75'"),
+        ("FLASH_EXT_EMULATE_SMS", "0", "got '0'"),
+        ("FLASH_EXT_EMULATE_SEED", "-1", "got '-1'"),
+        ("FLASH_EXT_EMULATE_SCHEDULE", "fast", "late, random or adversarial, got 'fast'"),
+        ("FLASH_EXT_EMULATE_CHECKS", "yes", "0 or 1, got 'yes'"),
+        ("FLASH_EXT_EMULATE_THREADS", "0", "from 1 to 1024, got '0'"),
+    ],
 )
 def test_a_gpu_that_cannot_be_emulated_is_one_clear_error(variable: str, value: str, words: str) -> None:
     process = subprocess.run(

@@ -70,7 +70,7 @@ def test_the_cases_reach_every_forward_variant() -> None:
 @pytest.mark.parametrize("dtype", TWO_BYTES, ids=("bf16", "fp16"))
 @pytest.mark.parametrize("name", COVERED)
 def test_case(name: str, dtype: torch.dtype, schedule) -> None:
-    schedule("checks" if dtype == torch.bfloat16 else "plain")
+    schedule("checks" if dtype == torch.bfloat16 else "late")
     _emulator.reset_reports()
     cases.check_case(COVERED[name], "cpu", dtype, backend=BACKEND)
     ran = {report.kernel for report in _emulator.reports()}
@@ -99,12 +99,13 @@ def test_every_block_of_every_row_is_executed(schedule) -> None:
     assert not missed, "\n".join(missed)
 
 
-@pytest.mark.parametrize("num_sms", (1, 2, 4))
+@pytest.mark.parametrize("dtype", TWO_BYTES, ids=("bf16", "fp16"))
+@pytest.mark.parametrize("num_sms", (1, 2, 3, 4))
 @pytest.mark.parametrize(
     "case", [*LONG[:5], *(c for c in LONG if c.head_dim not in (64, 128) and c.softmax_scale is None)], ids=lambda c: c.name
 )
-def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, schedule) -> None:
-    tensors = cases.build(case, "cpu", torch.bfloat16)
+def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, dtype: torch.dtype, schedule) -> None:
+    tensors = cases.build(case, "cpu", dtype)
     results = []
     for name in ("plain", "late", "adversarial1", "adversarial2", "adversarial3"):
         schedule(name, sms=num_sms)
@@ -196,3 +197,18 @@ def test_expanded_tensors_give_the_bits_of_their_copies(schedule) -> None:
         assert flash_ext.explain(q, expanded, v).copies == copied
         expected = flash_ext.attention(q, expanded.contiguous(), v, backend=BACKEND)
         assert torch.equal(flash_ext.attention(q, expanded, v, backend=BACKEND), expected)
+
+
+def test_a_failed_call_does_not_fail_the_next(schedule) -> None:
+    schedule("plain")
+    q, k, v = (torch.randn(1, 40, 1, 64).bfloat16() for _ in range(3))
+    expected = flash_ext.attention(q, k, v, backend=BACKEND)
+    kernel = flash_ext.explain(q, k, v).variant
+    ptx = _emulator.kernel_ptx(kernel)
+    _emulator.replace_ptx(kernel, ptx[:1000])
+    try:
+        with pytest.raises(RuntimeError, match=kernel):
+            flash_ext.attention(q, k, v, backend=BACKEND)
+    finally:
+        _emulator.replace_ptx(kernel, None)
+    assert torch.equal(flash_ext.attention(q, k, v, backend=BACKEND), expected)
