@@ -94,11 +94,13 @@ class BuildExtension(cpp_extension.BuildExtension):
             toolchain.check_cuda_major(cuda.version, torch.version.cuda)
         architectures = toolchain.parse_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
         try:
-            rows = variants.select(architectures.groups if cuda else ())
+            table = variants.select(architectures.groups)
         except ValueError as error:  # FLASH_EXT_VARIANTS matches nothing
             raise toolchain.ToolchainError(str(error)) from None
+        rows = table if cuda else []
         generated = folder / "generated"
-        kernel_units = variants.generate(generated, rows)
+        # The planner knows every row, so that explain imagines a GPU alike with and without nvcc.
+        kernel_units = variants.generate(generated, rows, known=table)
         ninja = NinjaFile(folder)
         cxx = os.environ.get("CXX", "c++")
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)

@@ -31,17 +31,18 @@ class Ceilings:
         return {"copy_gb_s": self.copy_gb_s, "matrix": self.matrix, **{f"{name}_tflops": t for name, t in self.tflops.items()}}
 
 
+def product_dtypes(gpu: bool, dtypes: list[str]) -> list[str]:
+    """bf16 always, on a GPU fp8 too: every table of a GPU has both."""
+    return list(dict.fromkeys(["bf16", *(["fp8"] if gpu else []), *("bf16" if d == "fp16" else d for d in dtypes)]))
+
+
 def measure(device: str, dtypes: list[str], stopwatch: Stopwatch, seconds: float = 1.0) -> Ceilings:
     gpu = device == "cuda"
     copied, size = (2**30, 8192) if gpu else (2**25, 512)
     source = torch.ones(copied, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
-    products = {
-        name: product
-        for name in dict.fromkeys(["bf16", *("bf16" if d == "fp16" else d for d in dtypes)])
-        if (product := _product(name, size, device)) is not None
-    }
+    products = {name: product for name in product_dtypes(gpu, dtypes) if (product := _product(name, size, device)) is not None}
     times = time_interleaved({**calls, **products}, stopwatch, seconds=seconds, least=5, most=50)
     tflops = {name: 2 * size**3 / times[name].median / 1e12 for name in products}
     return Ceilings(2 * copied / times["copy"].median / 1e9, tflops, size)

@@ -15,11 +15,11 @@ if __name__ == "__main__":
 
 from benchmarks import report
 from benchmarks.presets import PRESETS, default_passes
+from benchmarks.run import default_implementations
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-PEERS = ("cudnn", "fa2", "fa3", "flex")
 
 INTRODUCTION = """# Performance
 
@@ -32,8 +32,8 @@ implementations take turns within one run, each call from a cold L2 between two 
 20th and the 80th percentile are kept. A backward is `torch.autograd.grad` over a retained graph, for every
 implementation. Floating-point operations are counted the same for all: 4 * seqlen^2 * head_dim for each head, half of it
 when causal, 2.5 times that for the backward. Power, SM clock and throttling are sampled meanwhile, and the ceilings (a
-device copy, matrix products) are measured in the same run. What our kernels do not cover is not timed: the reference
-never stands in for them.
+device copy, matrix products in bf16 and, where the GPU has it, fp8) are measured in the same run. What our kernels do not
+cover is not timed: the reference never stands in for them.
 
 What can be said without a GPU, instructions and cycles of each kernel's main loops, is printed by
 `python tools/static_report.py`.
@@ -62,7 +62,7 @@ def _not_measured(runs: list[report.Run]) -> list[str]:
     measured, lines = _measured(runs), []
     for preset, (what, _) in PRESETS.items():
         for direction in default_passes(preset):
-            missing = [n for n in ("flash_ext", *PEERS) if (preset, direction, "bf16", n) not in measured]
+            missing = [n for n in default_implementations(preset, "cuda") if (preset, direction, "bf16", n) not in measured]
             if missing:
                 lines.append(f"- {preset}, {direction}, bf16 ({what}): {', '.join(missing)}")
     for dtype in ("fp16", "fp8"):
@@ -95,7 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         out, *pieces = arguments.merge
         if not pieces:
             parser.error("--merge takes the file to write and then the pieces: --merge all.json part1.json part2.json")
-        report.save(report.merge([report.load(piece) for piece in pieces]), out)
+        try:
+            report.check_writable(out)
+            report.save(report.merge([report.load(piece) for piece in pieces]), out)
+        except ValueError as error:
+            print(f"render_performance.py: {error}", file=sys.stderr)
+            return 2
     else:
         PAGE.write_text(page(stored()))
         print(f"wrote {PAGE.relative_to(ROOT)} from {len(stored())} runs")

@@ -12,23 +12,80 @@ SCHEMA = 1
 Run = dict[str, Any]
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def check_writable(path: Path) -> None:
+    """ValueError, one line, where a file cannot be written: what exists and is no regular file is never written or replaced."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    path = path.resolve()
+    for each in (path, _beside(path)):
+        if os.path.lexists(each) and not (each.is_file() and not each.is_symlink()):
+            raise ValueError(f"{each} cannot be written: it exists and is no regular file; name another")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {path.parent} is no folder; create it first: mkdir -p {path.parent}")
+    for each in (path, _beside(path)):
+        new = not each.exists()
+        try:
+            each.open("ab").close()
+            if new:
+                each.unlink()
+        except OSError as error:
+            why = "no permission" if isinstance(error, PermissionError) else error.strerror
+            raise ValueError(f"{path} cannot be written: {why}; name a file in a folder of yours") from None
+
+
 def save(run: Run, path: Path) -> None:
     """Written beside and moved into place, so that a run cut short leaves the last complete state."""
-    temporary = path.with_name(path.name + ".part")
+    path = path.resolve()  # a link stays one
+    temporary = _beside(path)
+    for each in (path, temporary):
+        if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
+            raise ValueError(f"{each} exists and is no regular file")
     temporary.write_text(json.dumps(run, indent=1) + "\n")
     os.replace(temporary, path)
 
 
 def load(path: Path) -> Run:
-    run = json.loads(path.read_text())
-    if run.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {run.get('schema')}, expected {SCHEMA}")
+    """ValueError, one line, where the file holds no run."""
+    try:
+        run = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    schema = run.get("schema") if isinstance(run, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema}, expected {SCHEMA}")
     return run
 
 
+def _of_one_run(run: Run) -> dict[str, Any]:
+    """What the pieces of one run have in common."""
+    machine = run["machine"]
+    where = {"GPU" if machine.get("gpu") else "CPU": machine.get("gpu") or machine.get("cpu")}
+    return {"commit": run["commit"], "preset": run["preset"], **where, "implementations": ", ".join(run["implementations"])}
+
+
+def _pieces(run: Run) -> list[dict[str, Any]]:
+    return run.get("pieces") or [{key: run[key] for key in ("date", "command", "ceilings")}]
+
+
 def merge(runs: list[Run]) -> Run:
-    """The pieces of one preset, measured one after another on the same kind of machine, as one run."""
+    """The pieces of one preset, measured one after another on the same kind of machine, as one run.
+
+    A share of the ceilings belongs to those of its own piece; the merged run keeps them all, in "pieces".
+    """
+    first = _of_one_run(runs[0])
+    for run in runs[1:]:
+        for what, value in _of_one_run(run).items():
+            if first.get(what) != value:
+                raise ValueError(f"these are not pieces of one run: {what} {first.get(what)} and {value}")
     merged = dict(runs[0])
+    merged["pieces"] = [piece for run in runs for piece in _pieces(run)]
+    merged["notes"] = list(dict.fromkeys(note for run in runs for note in run["notes"]))
     merged["cases"] = list({row["name"]: row for run in runs for row in run["cases"]}.values())
     done = {row["name"] for row in merged["cases"]}
     merged["left_out"] = [name for run in runs for name in run["left_out"] if name not in done]
@@ -181,8 +238,16 @@ def energy_table(run: Run) -> list[str]:
     return ["### Energy, net of idle", "", *_table(header, body), ""]
 
 
+def _ceilings(ceilings: dict[str, Any], when: str) -> str:
+    products = ", ".join(
+        f"{k.removesuffix('_tflops')} matrix product {number(v)} TFLOP/s" for k, v in ceilings.items() if k.endswith("_tflops")
+    )
+    copy = f"device copy {number(ceilings['copy_gb_s'])} GB/s"
+    return f"Ceilings measured in {when}: {copy}, {products} (size {ceilings['matrix']})."
+
+
 def summary(run: Run) -> list[str]:
-    machine, ceilings = run["machine"], run["ceilings"]
+    machine = run["machine"]
     where = machine.get("gpu") or f"CPU: {machine['cpu']}, {machine['threads']} threads"
     clocks = ", ".join(
         f"{label} {machine[key]:.0f} {unit}"
@@ -192,13 +257,10 @@ def summary(run: Run) -> list[str]:
     software = [f"torch {machine['torch']}", f"CUDA {machine['cuda']}" if machine["cuda"] else "no CUDA"]
     software += [f"driver {machine['driver']}"] if machine.get("driver") else []
     software += [f"flash_ext {machine['flash_ext']}", f"commit {run['commit']}"]
-    products = ", ".join(
-        f"{k.removesuffix('_tflops')} matrix product {number(v)} TFLOP/s" for k, v in ceilings.items() if k.endswith("_tflops")
-    )
     lines = [
         f"{where}{'; ' + clocks if clocks else ''}; {', '.join(software)}; {run['date']}.",
         "",
-        f"Ceilings measured in this run: device copy {number(ceilings['copy_gb_s'])} GB/s, {products} (size {ceilings['matrix']}).",
+        *(_ceilings(piece["ceilings"], piece["date"] if "pieces" in run else "this run") for piece in _pieces(run)),
         "",
     ]
     lines += [f"Note: {note}" for note in run["notes"]] + [""] * bool(run["notes"])

@@ -33,6 +33,7 @@ from benchmarks.runner import FAILED, WRONG, DeviceLost, Session, measure_case
 from benchmarks.timing import stopwatch_of
 
 DEFAULT_IMPLEMENTATIONS = {"cuda": "flash_ext,cudnn,fa2,fa3,flex", "cpu": "reference,fa2,math"}
+UNFUSED = "math"  # what the memory preset compares with
 DEFAULT_SECONDS = {"cuda": 1.0, "cpu": 0.2}
 
 
@@ -92,14 +93,26 @@ def _seconds(text: str) -> float:
 
 def _writable(text: str) -> Path:
     path = Path(text)
-    folder = path.parent
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {folder} is no folder; create it first: mkdir -p {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: no permission; name a file in a folder of yours")
+    try:
+        report.check_writable(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path
+
+
+def _picture(text: str) -> Path:
+    path = _writable(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text} is no name of a picture; it must end in .png")
+    return path
+
+
+def _check_files_differ(arguments: argparse.Namespace, fail: Callable[[str], NoReturn]) -> None:
+    seen: dict[Path, str] = {}
+    for option in ("json", "plot", "markdown"):
+        path = getattr(arguments, option)
+        if path and (first := seen.setdefault(path.resolve(), option)) != option:
+            fail(f"--{first} and --{option} name the same file, {path}; give each its own")
 
 
 def parser() -> Parser:
@@ -119,7 +132,7 @@ def parser() -> Parser:
         "--device", type=_one_of("device", ["auto", "cuda", "cpu"]), default="auto", help="default: cuda where there is one"
     )
     p.add_argument("--json", type=_writable, help="write everything measured here, after each case")
-    p.add_argument("--plot", type=_writable, help="draw speed by sequence length (PNG)")
+    p.add_argument("--plot", type=_picture, help="draw speed by sequence length (PNG)")
     p.add_argument("--markdown", type=_writable, help="write the tables here, too")
     p.add_argument(
         "--energy", action="store_true", help="also joules a call and pJ/FLOP: two seconds and more, three times, a time each"
@@ -130,6 +143,11 @@ def parser() -> Parser:
     p.add_argument("--budget", type=_seconds, help="start no case after this many seconds, and say which were left out")
     p.add_argument("--seconds", type=_seconds, help="to spend on timing each case (default 1 on a GPU, 0.2 without)")
     return p
+
+
+def default_implementations(preset: str, device: str) -> list[str]:
+    names = DEFAULT_IMPLEMENTATIONS[device].split(",")
+    return [*names, UNFUSED] if preset == "memory" and UNFUSED not in names else names
 
 
 def _device(asked: str, fail: Callable[[str], NoReturn]) -> str:
@@ -234,12 +252,13 @@ def main(argv: Sequence[str] | None = None, provider: Provider | None = None) ->
     arguments = p.parse_args(argv)
     if os.environ.get("FLASH_EXT_EMULATE"):
         p.error("FLASH_EXT_EMULATE is set, and an emulator's times mean nothing; unset it")
+    _check_files_differ(arguments, p.error)
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         p.error("--plot needs matplotlib: pip install 'flash_ext[bench]', or leave --plot out")
     device = _device(arguments.device, p.error)
     cases = _selection(arguments, device, p.error)
     known = implementations()
-    chosen = {name: known[name] for name in arguments.impl or DEFAULT_IMPLEMENTATIONS[device].split(",")}
+    chosen = {name: known[name] for name in arguments.impl or default_implementations(arguments.preset, device)}
     why = "given by the caller"
     if provider is None:
         provider, why = machine.provider_of(device)

@@ -228,14 +228,17 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def generate(out: Path, rows: list[Variant]) -> dict[str, tuple[str, Path]]:
-    """Write every generated file below out; returns unit name -> (architecture, path of the unit)."""
+def generate(out: Path, rows: list[Variant], known: list[Variant] | None = None) -> dict[str, tuple[str, Path]]:
+    """Write every generated file below out; returns unit name -> (architecture, path of the unit).
+
+    rows are compiled; known (by default the same) are those that the planner has in its table.
+    """
     written = {}
     for unit, members in units(rows).items():
         path = out / f"{unit}.cu"
         write_if_changed(path, unit_source(members))
         written[unit] = (members[0].arch, path)
-    write_if_changed(out / "variant_table.cpp", table_source(rows))
+    write_if_changed(out / "variant_table.cpp", table_source(rows if known is None else known))
     write_if_changed(out / "launchers.cpp", launchers_source(rows))
     keep = {path for _, path in written.values()}
     for stale in set(out.glob("*.cu")) - keep:

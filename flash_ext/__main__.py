@@ -42,7 +42,8 @@ def _first_thing_to_do(build: dict | None, variants: list[dict], gpus: list[str]
 def main() -> None:
     try:
         host = _host()
-        build, variants = json.loads(host.build_info_json), host.variants()
+        build = json.loads(host.build_info_json)
+        variants = host.variants() if build["cuda"] else []  # without nvcc the planner knows rows that were not compiled
     except RuntimeError:
         build, variants = None, []
     gpus = _gpus()

@@ -5,7 +5,8 @@
     python tools/gpu_checks.py launch [--large]   only the calls
 
 Some machines refuse these tools; each is tried on a trivial program first, and where it does not work that is said and is
-no failure. racecheck's findings are shown but fail nothing: it does not see that a TMA copy is ordered by its mbarrier.
+no failure. Nor is a tool that reaches its time limit: it is reported as not finished, and fails only for what it found by
+then. racecheck's findings are shown but fail nothing: it does not see that a TMA copy is ordered by its mbarrier.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "^(fwd|bwd|combine)_"  # our kernels' names begin with their op
 SANITIZERS = {"memcheck": True, "synccheck": True, "racecheck": False}  # whether findings fail
+NOT_FINISHED = 124  # what stands for an exit status where a tool reached its limit
+TRIVIAL_S = 30.0  # for the trivial program, at most
 TRIVIAL = "import torch; print(torch.zeros(8, device='cuda').sum().item())"
+FINDING = r"(?m)^========= (Invalid|Barrier error|Program hit|Misaligned|Stack overflow|Error)"
 SECTIONS = (
     *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
     *("SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats"),
@@ -101,7 +106,12 @@ def _run(command: list[str], limit: float) -> tuple[int, str]:
         text, _ = process.communicate(timeout=limit)
         return process.returncode, text
     except subprocess.TimeoutExpired:
-        return 124, f"stopped after {limit:.0f} s"
+        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            text, _ = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            text = ""
+        return NOT_FINISHED, f"{text.rstrip()}\nstopped after {limit:.0f} s".lstrip()
     finally:
         if process.poll() is None:  # the tool's own child, the program, must end with it
             os.killpg(process.pid, signal.SIGKILL)
@@ -127,38 +137,48 @@ def _calls(*options: str) -> list[str]:
 
 
 def sanitize(limit: float) -> int:
+    """limit: seconds for everything; what one tool leaves of its share goes to the next."""
+    end = time.monotonic() + limit
     only_ours = ["--kernel-regex", f"kns={OURS}"]
-    found = working("compute-sanitizer", [[*only_ours], []], limit)
+    found = working("compute-sanitizer", [[*only_ours], []], min(TRIVIAL_S, limit / 5))
     if found is None:
         return 0
-    failed = []
-    for tool, findings_fail in SANITIZERS.items():
-        code, text = _run([found[0], "--tool", tool, "--error-exitcode", "9", *found[1:], *_calls()], limit)
+    failed, unfinished = [], []
+    for done, (tool, findings_fail) in enumerate(SANITIZERS.items()):
+        share = max((end - time.monotonic()) / (len(SANITIZERS) - done), 1.0)
+        code, text = _run([found[0], "--tool", tool, "--error-exitcode", "9", *found[1:], *_calls()], share)
         lines = [line for line in text.splitlines() if re.match(r"=========|\S+: launched", line) or code not in (0, 9)]
-        print(f"--- {tool}: exit {code}")
-        print("\n".join(lines[:60]), flush=True)
-        if code not in (0, 9) or (code == 9 and findings_fail):
+        print(f"--- {tool}: {'not finished' if code == NOT_FINISHED else f'exit {code}'}")
+        print("\n".join(lines[:60] + (lines[60:][-1:])), flush=True)
+        if code == NOT_FINISHED and not (findings_fail and re.search(FINDING, text)):
+            unfinished.append(tool)
+        elif code not in (0, 9) or (code == 9 and findings_fail):
             failed.append(tool)
     print(f"FAILED: {', '.join(failed)}" if failed else "no finding that fails")
+    if unfinished:
+        print(f"not finished: {', '.join(unfinished)}")
     return 1 if failed else 0
 
 
 def profile(limit: float) -> int:
-    found = working("ncu", [["--clock-control", "none", "--section", "LaunchStats"]], limit)
+    end = time.monotonic() + limit
+    found = working("ncu", [["--clock-control", "none", "--section", "LaunchStats"]], min(TRIVIAL_S, limit / 2))
     if found is None:
         return 0
     sections = [word for section in SECTIONS for word in ("--section", section)]
     options = ["--clock-control", "none", *sections, "--kernel-name", f"regex:{OURS}", "--print-summary", "none"]
-    code, text = _run([found[0], *options, *_calls("--large")], limit)
+    code, text = _run([found[0], *options, *_calls("--large")], max(end - time.monotonic(), 1.0))
     print(text)
-    return 1 if code else 0
+    if code == NOT_FINISHED:
+        print("not finished: ncu")
+    return 1 if code not in (0, NOT_FINISHED) else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["sanitize", "profile", "launch"])
     parser.add_argument("--large", action="store_true", help="launch: large bfloat16 calls instead of small ones of every variant")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each run of a tool")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for all runs of a tool together")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running tool, too
     if arguments.what == "launch":

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "build" / "tune"
@@ -41,6 +42,8 @@ BARRIER_BYTES = 1024
 STAGING_BYTES_PER_CONSUMER = 4 * 16 * 64 * 2
 # Registers of a consumer thread for S, P (half of S) and O: what 240 and 160 a thread leave beside addresses and statistics.
 ACCUMULATOR_REGISTERS = {2: 216, 3: 136}
+TOKENS = 16384  # of a call that is timed: batch * seqlen
+MAX_STAGES = 6
 BUILD_JOBS = 2  # of each candidate; as many candidates are built at once as the cores allow
 
 
@@ -78,12 +81,12 @@ def parse_tile(text: str) -> Tile:
 
 
 def candidates(head_dim: int, head_dim_v: int) -> list[Tile]:
-    """Every tile of 2 or 3 consumer warpgroups that fits, with as many stages as it leaves room for (6 at most)."""
+    """Every tile of 2 or 3 consumer warpgroups that fits, with as many stages as it leaves room for (MAX_STAGES at most)."""
     found = []
     for block_m in (128, 192):
         for block_n in range(80, 257, 16):
             for stages_q in (1, 2):
-                fitting = [s for s in range(2, 7) if Tile(block_m, block_n, s, stages_q).fits(head_dim, head_dim_v)]
+                fitting = [s for s in range(2, MAX_STAGES + 1) if Tile(block_m, block_n, s, stages_q).fits(head_dim, head_dim_v)]
                 found += [Tile(block_m, block_n, stages, stages_q) for stages in fitting[-1:]]
     return found
 
@@ -198,7 +201,7 @@ class Shape:
     causal: bool
     dtype: str
     seqlens: tuple[int, ...]
-    tokens: int = 16384
+    tokens: int = TOKENS
     hidden: int = 2048
 
 
@@ -283,7 +286,8 @@ def report(row: variants.Variant, results: dict[str, dict[str, object]], seqlens
     else:
         tile = parse_tile(best)
         lines += [
-            f"winner, for csrc/variants.py:      ({row.head_dim}, {row.head_dim_v}, \"{row.mask}\"): ({tile.block_m}, {tile.block_n}),",
+            f'winner, for csrc/variants.py:      ({row.head_dim}, {row.head_dim_v}, "{row.mask}"): '
+            f"({tile.block_m}, {tile.block_n}),",
             f"and for FwdTile in sm90/fwd.cuh:   kBlockM = {tile.block_m}, kBlockN = {tile.block_n}, "
             f"kStages = {tile.stages}, kStagesQ = {tile.stages_q}",
         ]  # fmt: skip
@@ -311,15 +315,38 @@ def tune(
     return report(row, results, shape.seqlens)
 
 
+class Parser(argparse.ArgumentParser):
+    """One line and exit status 2 for whatever is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"tune.py: {message.removeprefix('argument ')}\n")
+        raise SystemExit(2)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in text.split(","))
+        numbers = tuple(int(word) for word in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"cannot read {text!r}; write numbers like 2048,8192") from None
+    if not all(1 <= number <= TOKENS for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: each from 1 to {TOKENS}, the tokens of a call; write numbers like 2048,8192")
+    return numbers
+
+
+def _checked(tile: Tile, row: variants.Variant) -> Tile:
+    """argparse.ArgumentTypeError for a tile that cannot be built: those of --list differ only in size and stages."""
+    widths = tile.block_n % 16 == 0 and 16 <= tile.block_n <= 256 and tile.block_m in (128, 192)
+    if not widths or not 2 <= tile.stages <= MAX_STAGES or tile.stages_q not in (1, 2):
+        raise argparse.ArgumentTypeError(
+            f"--tiles: {tile}: M is 128 or 192, N a multiple of 16 up to 256, stages from 2 to {MAX_STAGES}, stages_q 1 or 2"
+        )
+    if not tile.fits(row.head_dim, row.head_dim_v):
+        raise argparse.ArgumentTypeError(f"--tiles: {tile} has no room in registers or shared memory; --list prints those that fit")
+    return tile
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--head-dim-v", type=int, help="default: --head-dim")
     parser.add_argument("--mask", default="causal")
@@ -334,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         row = row_of(arguments.head_dim, arguments.mask, arguments.dtype, arguments.head_dim_v)
         tiles = (
-            [parse_tile(text) for text in arguments.tiles.split(",")]
+            [_checked(parse_tile(text), row) for text in arguments.tiles.split(",")]
             if arguments.tiles
             else candidates(row.head_dim, row.head_dim_v)
         )

@@ -1,4 +1,5 @@
-// The compiled variants as data: what the planner chooses from. Defined by the generated variant_table.cpp.
+// The variants as data: what the planner chooses from. Defined by the generated variant_table.cpp; an install without
+// nvcc has the table too, for plans of imagined GPUs, but no kernels.
 #pragma once
 
 #include <array>

@@ -234,6 +234,8 @@ def test_the_ceiling_of_a_case_is_the_tighter_one() -> None:
     assert machine.seconds(replace(big, dtype="fp8")) is None
     measured = ceilings.measure("cpu", ["bf16", "fp32", "fp8"], timing.CpuStopwatch(), seconds=0.01)
     assert set(measured.tflops) == {"bf16", "fp32"} and measured.as_dict()["fp32_tflops"] > 0
+    assert ceilings.product_dtypes(True, ["fp16"]) == ["bf16", "fp8"], "on a GPU always"
+    assert ceilings.product_dtypes(False, ["fp16", "fp32"]) == ["bf16", "fp32"]
 
 
 # --- NVML and energy ---

@@ -220,6 +220,14 @@ def test_budget_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["--preset", "decode", "--pass", "bwd"], ["decode", "--pass fwd"]),
         (["--json", "/nowhere/out.json"], ["/nowhere", "mkdir -p"]),
         (["--plot", "."], ["is a folder", "name a file"]),
+        (["--json", "{tmp}"], ["is a folder", "name a file"]),
+        (["--json", "{tmp}/fifo"], ["--json", "no regular file"]),
+        (["--markdown", "{tmp}/fifo"], ["--markdown", "no regular file"]),
+        (["--plot", "{tmp}/link"], ["--plot", "no regular file"]),
+        (["--json", "{tmp}/blocked.json"], ["blocked.json.part", "no regular file"]),
+        (["--plot", "{tmp}/a.jpg"], ["--plot", ".png"]),
+        (["--json", "{tmp}/a.png", "--plot", "{tmp}/./a.png"], ["--json and --plot", "same file"]),
+        (["--plot", "{tmp}/a.png", "--markdown", "{tmp}/a.png"], ["--plot and --markdown", "same file"]),
         (["--part", "3/2"], ["--part", "K/N"]),
         (["--part", "99/100"], ["--part", "16 cases"]),
         (["--budget", "-1"], ["--budget", "seconds"]),
@@ -228,19 +236,77 @@ def test_budget_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["--fast"], ["unrecognized", "--fast"]),
     ],
 )
-def test_bad_input_ends_with_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_bad_input_ends_with_one_line(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    (tmp_path / "blocked.json.part").mkdir()
+    before = sorted(tmp_path.iterdir())
+    arguments = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
     with pytest.raises(SystemExit) as ended:
         run.main([*([] if "--device" in arguments else ["--device", "cpu"]), *arguments])
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and all(word in captured.err for word in words), captured.err
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "fifo").is_fifo()
 
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # a folder's mode does not keep root out
+    monkeypatch.setattr(Path, "open", lambda *_: _raise(PermissionError(13, "denied")))  # a folder's mode does not keep root out
     with pytest.raises(SystemExit):
         run.main(["--json", str(tmp_path / "out.json")])
     assert "no permission" in capsys.readouterr().err
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        with pytest.raises(ValueError, match="no regular file"):
+            report.save({}, tmp_path / name)
+    assert (tmp_path / "fifo").is_fifo()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    report.check_writable(tmp_path / "file")
+    report.check_writable(tmp_path / "new")
+    assert (tmp_path / "file").read_text() == "old" and not (tmp_path / "new").exists()
+    report.save({}, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "{}\n"
+
+
+def test_merging(tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture) -> None:
+    """Pieces of different runs are refused; those of one keep every piece's ceilings."""
+    piece = measured(tmp_path, "--impl", "math", "--pass", "fwd")
+    other = json.loads(json.dumps(piece)) | {"date": "2026-02-02T02:02:02Z"}
+    other["ceilings"]["copy_gb_s"] = 4321.0
+    merged = report.merge([report.merge([piece, other]), other])
+    assert [p["ceilings"]["copy_gb_s"] for p in merged["pieces"]] == [piece["ceilings"]["copy_gb_s"], 4321.0, 4321.0]
+    assert "Ceilings measured in 2026-02-02T02:02:02Z: device copy 4321 GB/s" in report.markdown(merged)
+    names = []
+    for number, change in enumerate((
+        {"commit": "another"}, {"preset": "paper"}, {"machine": piece["machine"] | {"gpu": "NVIDIA H200"}},
+        {"implementations": ["math", "fa2"]},
+    )):  # fmt: skip
+        names.append(tmp_path / f"{number}.json")
+        report.save(piece | change, names[-1])
+    (tmp_path / "text.json").write_text("no JSON")
+    (tmp_path / "list.json").write_text("[]")
+    capsys.readouterr()
+    out, first = tmp_path / "merged.json", str(tmp_path / "out.json")
+    names += [tmp_path / f"{name}.json" for name in ("missing", "text", "list")]
+    told = ("commit", "preset", "GPU", "implementations", "cannot be read", "is no JSON", "schema")
+    for bad, words in zip(names, told, strict=True):
+        assert render_performance.main(["--merge", str(out), first, str(bad)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error and not out.exists(), error
+    assert render_performance.main(["--merge", str(tmp_path), first]) == 2 and "is a folder" in capsys.readouterr().err
+    assert render_performance.main(["--merge", str(out), first, first]) == 0 and len(report.load(out)["pieces"]) == 2
+
+
+def test_what_is_measured_by_default() -> None:
+    assert run.default_implementations("quick", "cuda") == ["flash_ext", "cudnn", "fa2", "fa3", "flex"]
+    assert run.default_implementations("memory", "cuda") == ["flash_ext", "cudnn", "fa2", "fa3", "flex", "math"]
+    assert run.default_implementations("memory", "cpu").count("math") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")

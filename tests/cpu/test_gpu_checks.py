@@ -76,10 +76,24 @@ def test_findings_fail_except_racechecks(script: str, fails: str, tool, capsys: 
 def test_a_tool_that_hangs_is_ended_with_its_children(tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tool("compute-sanitizer", f'case "$*" in *launch*) sleep 100 & echo $! > {tmp_path}/child; wait;; esac')
     begin = time.monotonic()
-    assert gpu_checks.main(["sanitize", "--limit", "1"]) == 1 and time.monotonic() - begin < 30
-    assert "stopped after 1 s" in capsys.readouterr().out
+    assert gpu_checks.main(["sanitize", "--limit", "6"]) == 0 and time.monotonic() - begin < 15
+    text = capsys.readouterr().out
+    assert text.count("stopped after 2 s") == 3 and "FAILED" not in text
+    assert "--- memcheck: not finished" in text and "\nnot finished: memcheck, synccheck, racecheck\n" in text
     state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_finding_before_the_limit_fails(tool, capsys: pytest.CaptureFixture) -> None:
+    tool("compute-sanitizer", 'case "$*" in *"tool memcheck"*) echo "========= Invalid __global__ write"; sleep 100;; esac')
+    assert gpu_checks.main(["sanitize", "--limit", "6"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED: memcheck" in text and "========= Invalid" in text
+
+
+def test_an_unfinished_profile_is_no_failure(tool, capsys: pytest.CaptureFixture) -> None:
+    tool("ncu", 'case "$*" in *large*) sleep 100;; esac')
+    assert gpu_checks.main(["profile", "--limit", "3"]) == 0 and "not finished: ncu" in capsys.readouterr().out
 
 
 def test_the_profile_names_our_kernels_and_leaves_the_clocks(tool, capsys: pytest.CaptureFixture) -> None:

@@ -97,6 +97,32 @@ def test_a_step_may_show_more_and_write_beside_the_log(gpu_session, tmp_path, ca
     assert report.startswith("second\nthird\n") and (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_step_knows_its_time(gpu_session, tmp_path):
+    """'{seconds}' is what is left for it, less a margin; 50 of a budget of 50, not the step's own 60."""
+    step = gpu_session.Step("timed", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"), 60)
+    assert gpu_session.run_session([step], tmp_path, dict(os.environ), budget=50) == 0
+    assert (tmp_path / "session.log").read_text().splitlines()[-1] == "40"
+
+
+def test_no_picture_without_matplotlib(gpu_session, tmp_path, monkeypatch, capsys):
+    step = next(s for s in gpu_session.PLANS["gpu"] if s.name == "benchmark")
+    monkeypatch.setattr(gpu_session, "SITE", tmp_path)
+    monkeypatch.setattr(gpu_session.importlib.util, "find_spec", lambda name: None)
+    changed = gpu_session.without_plot(step)
+    assert [word for word in step.command if word not in changed.command] == ["--plot", gpu_session.PICTURE]
+    assert "matplotlib is missing" in capsys.readouterr().out
+    (tmp_path / "matplotlib").mkdir()
+    assert gpu_session.without_plot(step) == step
+
+
+def test_installing_the_wheels_counts(gpu_session, tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(gpu_session, "prepare_environment", lambda: time.sleep(0.2) or {})
+    monkeypatch.setattr(gpu_session, "run_session", lambda steps, out, environment, budget: budgets.append(budget) or 0)
+    assert gpu_session.main(["--out", str(tmp_path), "--budget", "10"]) == 0
+    assert budgets[0] <= 9.8
+
+
 def test_wheels_that_are_installed_already_are_left_alone(gpu_session, tmp_path):
     import numpy
 
@@ -107,6 +133,8 @@ def test_wheels_that_are_installed_already_are_left_alone(gpu_session, tmp_path)
 
 
 def test_the_steps_of_this_repository(gpu_session):
+    tests = next(s for s in gpu_session.PLANS["gpu"] if s.name == "tests").command
+    assert tests[tests.index("pytest") + 1 :][:3] == ("tests/gpu", "-m", "gpu")
     for plan in gpu_session.PLANS.values():
         assert [s.name for s in plan][:3] == ["environment", "build", "doctor"]
         written = {word for step in plan for word in step.command if word.startswith("{out}")}

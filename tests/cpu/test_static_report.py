@@ -160,7 +160,10 @@ def test_check_and_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     static_report.update([], path)  # a build of other variants keeps these
     assert static_report.check([report(kernel(0))], path) == 0
     monkeypatch.setattr(static_report, "compiler", lambda: "13.5")
-    assert static_report.check([report(kernel(9))], path) == 0 and "not compared" in capsys.readouterr().out
+    monkeypatch.delenv("CI", raising=False)
+    assert static_report.check([report(kernel(9))], path) == 0 and "SKIPPED: nothing was compared" in capsys.readouterr().out
+    monkeypatch.setenv("CI", "true")
+    assert static_report.check([report(kernel(0))], path) == 1 and "FAILED: not compared" in capsys.readouterr().out
 
 
 def test_the_printed_report(capsys: pytest.CaptureFixture) -> None:

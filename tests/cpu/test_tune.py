@@ -171,6 +171,14 @@ def test_measuring_checks_and_times_every_length(monkeypatch: pytest.MonkeyPatch
         (["--head-dim", "77"], "--head-dim 128 --mask causal"),
         (["--tiles", "128x128"], "128x128/2/2"),
         (["--seqlens", "long"], "2048,8192"),
+        (["--seqlens", "0"], "2048,8192"),
+        (["--seqlens", "2048,32768"], "16384"),
+        (["--head-dim", "big"], "--head-dim"),
+        (["--tiles", "128x100/2/1"], "multiple of 16"),
+        (["--tiles", "64x128/2/1"], "M is 128 or 192"),
+        (["--tiles", "128x128/0/1"], "stages from 2"),
+        (["--tiles", "128x128/2/3"], "stages_q 1 or 2"),
+        (["--tiles", "128x128/2/2,192x256/2/1"], "no room"),
     ],
 )
 def test_bad_input_says_what_to_type(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
@@ -178,7 +186,8 @@ def test_bad_input_says_what_to_type(arguments: list[str], words: str, capsys: p
         status = tune.main(arguments)
     except SystemExit as ended:
         status = ended.code
-    assert status == 2 and words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert status == 2 and words in error and error.count("\n") == 1, error
 
 
 def test_the_list_of_candidates(capsys: pytest.CaptureFixture) -> None:
