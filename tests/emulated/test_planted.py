@@ -1,6 +1,7 @@
 """Planted bugs: every wait, arrival, fence, copy and descriptor of the Hopper forward broken in turn, under the checks.
 
-These four rows hold every code path of the kernel; `python tests/emulator/planted.py NAME` runs any other.
+One row of each kind: three or two consumers, causal and full, one or two stages of Q, and the output staged in an area of
+its own or (d192, d256) in Q. `python tests/emulator/planted.py NAME` runs any other.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ sys.path.append(str(EMULATOR))
 
 import planted  # noqa: E402
 
-KERNELS = [f"fwd_sm90_bf16_{row}" for row in ("d64_causal", "d64_full", "d128_causal", "d128_full")]
+ROWS = ("d64_causal", "d64_full", "d128_causal", "d128_full", "d192_causal", "d256_full")
+KERNELS = [f"fwd_sm90_bf16_{row}" for row in ROWS]
 results: dict[str, list[planted.Result]] = {}
 
 pytestmark = pytest.mark.skipif(env.EMULATE != "sm90", reason="plants bugs in the Hopper kernels")
@@ -45,6 +47,7 @@ def test_every_explanation_is_needed(capsys: pytest.CaptureFixture[str]) -> None
         pytest.skip("needs the results of all kernels")
     everything = [r for found in results.values() for r in found]
     with capsys.disabled():
-        print(f"\n{planted.summary(everything)}", end=" ")
+        print("".join(f"\n{r.id}: {r.because}" for r in everything if r.because))
+        print(planted.summary(everything), end=" ")
     used = {r.because for r in everything}
     assert [entry for entry in planted.SURVIVORS if entry.because not in used] == []
