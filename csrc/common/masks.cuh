@@ -1,24 +1,62 @@
-// Mask policy: which keys a query row sees. Today's masks show keys [0, end) where end never decreases with the row;
-// tiles.cuh derives the tiles of a query tile from that, and edge tiles hide the other keys element by element.
+// Mask policy: which keys a query position sees. Each mask shows an interval [visible_begin, visible_end) of key positions
+// whose ends never decrease with the query; tiles.cuh derives from that which tiles are visited and which of them hide
+// keys element by element. rows_begin and rows_end are the inverse: the query positions that see a key.
 #pragma once
 
 #include "common/fragment.cuh"
 #include "common/math.cuh"
+#include "common/seqlens.cuh"
 
 namespace flash_ext {
 
+struct MaskParams {
+  int window_left;   // keys to the left of the diagonal; -1: all; at most kMaxWindow
+  int window_right;  // to its right
+};
+constexpr int kMaxWindow = (1 << 30) - 1;  // reaches across every sequence; sums of positions and windows stay ints
+
 struct FullMask {
-  static constexpr bool kEndMoves = false;  // whether rows of one sequence differ in where their interval ends
-  FX_HOST_DEVICE static constexpr int visible_end(int /*row*/, int /*seqlen_q*/, int seqlen_k) {
-    return seqlen_k;
-  }
+  // Whether rows of one sequence differ in where their interval begins or ends.
+  static constexpr bool kBeginMoves = false, kEndMoves = false;
+  FX_HOST_DEVICE constexpr explicit FullMask(const MaskParams&) {}
+  FX_HOST_DEVICE static constexpr int visible_begin(int /*row*/, const Sequence&) { return 0; }
+  FX_HOST_DEVICE static constexpr int visible_end(int /*row*/, const Sequence& s) { return s.k.num_rows; }
+  FX_HOST_DEVICE static constexpr int rows_begin(int /*key*/, const Sequence&) { return 0; }
+  FX_HOST_DEVICE static constexpr int rows_end(int /*key*/, const Sequence& s) { return s.q.num_rows; }
 };
 
 // Aligned bottom-right: the last query sees every key.
 struct CausalMask {
-  static constexpr bool kEndMoves = true;
-  FX_HOST_DEVICE static constexpr int visible_end(int row, int seqlen_q, int seqlen_k) {
-    return max_of(0, min_of(seqlen_k, row + 1 + (seqlen_k - seqlen_q)));
+  static constexpr bool kBeginMoves = false, kEndMoves = true;
+  FX_HOST_DEVICE constexpr explicit CausalMask(const MaskParams&) {}
+  FX_HOST_DEVICE static constexpr int visible_begin(int /*row*/, const Sequence&) { return 0; }
+  FX_HOST_DEVICE static constexpr int visible_end(int row, const Sequence& s) {
+    return clamp(row + 1 + s.diagonal, 0, s.k.num_rows);
+  }
+  FX_HOST_DEVICE static constexpr int rows_begin(int key, const Sequence& s) {
+    return clamp(key - s.diagonal, 0, s.q.num_rows);
+  }
+  FX_HOST_DEVICE static constexpr int rows_end(int /*key*/, const Sequence& s) { return s.q.num_rows; }
+};
+
+// A sliding window, either side of it bounded or not: the most general of these masks.
+struct LocalMask {
+  static constexpr bool kBeginMoves = true, kEndMoves = true;
+  int left, right;
+  FX_HOST_DEVICE constexpr explicit LocalMask(const MaskParams& params)
+      : left(params.window_left < 0 ? kMaxWindow : params.window_left),
+        right(params.window_right < 0 ? kMaxWindow : params.window_right) {}
+  FX_HOST_DEVICE constexpr int visible_begin(int row, const Sequence& s) const {
+    return clamp(row + s.diagonal - left, 0, s.k.num_rows);
+  }
+  FX_HOST_DEVICE constexpr int visible_end(int row, const Sequence& s) const {
+    return clamp(row + s.diagonal + right + 1, 0, s.k.num_rows);
+  }
+  FX_HOST_DEVICE constexpr int rows_begin(int key, const Sequence& s) const {
+    return clamp(key - s.diagonal - right, 0, s.q.num_rows);
+  }
+  FX_HOST_DEVICE constexpr int rows_end(int key, const Sequence& s) const {
+    return clamp(key - s.diagonal + left + 1, 0, s.q.num_rows);
   }
 };
 

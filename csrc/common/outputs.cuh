@@ -49,11 +49,12 @@ struct DenseOutput {
                                          int first_row)
       : row_stride(params.out_strides.row),
         first_row(first_row),
-        num_rows(sequence.seqlen_q),
+        num_rows(sequence.q.num_rows),
         num_columns(params.head_dim_v) {
-    out = static_cast<Element*>(params.out) + sequence.batch_q * params.out_strides.batch +
-          sequence.first_row_q * params.out_strides.row + head * params.out_strides.head;
-    lse = params.lse + (int64_t(sequence.batch_q) * params.num_heads + head) * params.seqlen_q;
+    out = static_cast<Element*>(params.out) + sequence.q.batch * params.out_strides.batch +
+          sequence.q.first_row * params.out_strides.row + head * params.out_strides.head;
+    lse = params.lse + sequence.q.batch * params.lse_strides.batch + head * params.lse_strides.head +
+          sequence.q.first_row;
   }
 
   // Whole 128-byte lines leave through `staging`, shared memory that belongs to the warp. acc_o holds finished rows.

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
+#include "common/masks.cuh"
 #include "common/scheduler.cuh"
+#include "common/scores.cuh"
+#include "common/seqlens.cuh"
 
 namespace flash_ext {
 
@@ -27,22 +30,36 @@ struct TmaTensor {
   int batch_step;
 };
 
-struct FwdParams {
-  const void* q;  // (batch, seqlen_q, num_heads, head_dim) bf16 or fp16; base and strides 16-byte multiples
-  const void* k;  // (batch, seqlen_k, num_heads_kv, head_dim), the same dtype
-  const void* v;  // (batch, seqlen_k, num_heads_kv, head_dim_v), the same dtype
-  void* out;      // (batch, seqlen_q, num_heads, head_dim_v), the same dtype
-  float* lse;     // (batch, num_heads, seqlen_q) contiguous, natural log; -inf where a row sees no key
-  RowStrides q_strides, k_strides, v_strides, out_strides;
-  int batch;
+constexpr int kMaxSplits = 64;
+
+// What forward and backward share.
+struct AttentionParams {
+  const void* q;  // (batch, seqlen_q, num_heads, head_dim) bf16 or fp16, packed (total_q, ...); base and strides 16-byte multiples
+  const void* k;  // (batch, seqlen_k, num_heads_kv, head_dim) or packed, the same dtype
+  const void* v;  // (batch, seqlen_k, num_heads_kv, head_dim_v) or packed, the same dtype
+  RowStrides q_strides, k_strides, v_strides;  // batch: 0 when packed
+  int batch;         // number of sequences
   int num_heads;
   int num_heads_kv;  // divides num_heads
-  int seqlen_q;
-  int seqlen_k;    // 0 is allowed
-  int head_dim;    // multiples of 8, at most what the variant covers
-  int head_dim_v;  // the same
-  float softmax_scale;
-  int num_ctas;  // grid of a persistent kernel
+  int head_dim;      // multiples of 8, at most what the variant covers
+  int head_dim_v;    // the same
+  SeqlenParams seqlens_q, seqlens_k;
+  MaskParams mask;
+  ScoreParams score;
+  const float* sinks;  // (num_heads), natural-log units, or null
+};
+
+struct FwdParams : AttentionParams {
+  void* out;         // (batch, seqlen_q, num_heads, head_dim_v) or packed, q's dtype; num_splits of them
+  float* lse;        // (batch, num_heads, seqlen_q) or packed (num_heads, total_q), natural log; num_splits of them
+  float* max_logit;  // (num_heads), holds -inf before the launch; or null
+  RowStrides out_strides;
+  RowStrides lse_strides;  // row: 1
+  int64_t out_split_stride, lse_split_stride;
+  int num_splits;                           // parts of the keys with results of their own; 1: the whole
+  int split_boundaries[kMaxSplits + 1];     // part p: key positions [p, p + 1) of these; unused where num_splits is 1
+  int heads_per_tile;                       // query heads of one KV head that share a tile's rows: 1, or all of them (packed GQA)
+  int num_ctas;                             // grid of a persistent kernel
   // The kernel's launcher fills these in.
   TmaTensor q_tma, k_tma, v_tma;
   Schedule schedule;

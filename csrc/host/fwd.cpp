@@ -66,11 +66,14 @@ std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, double softmax_scal
   params.batch = static_cast<int>(problem.batch());
   params.num_heads = static_cast<int>(problem.num_heads());
   params.num_heads_kv = static_cast<int>(problem.num_heads_kv());
-  params.seqlen_q = static_cast<int>(problem.seqlen_q());
-  params.seqlen_k = static_cast<int>(problem.seqlen_k());
+  params.seqlens_q.num_rows = static_cast<int>(problem.seqlen_q());
+  params.seqlens_k.num_rows = static_cast<int>(problem.seqlen_k());
+  params.lse_strides = {.batch = lse.stride(0), .row = lse.stride(2), .head = lse.stride(1)};
+  params.num_splits = 1;
+  params.heads_per_tile = 1;
   params.head_dim = static_cast<int>(problem.head_dim());
   params.head_dim_v = static_cast<int>(problem.head_dim_v());
-  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.score.softmax_scale = static_cast<float>(softmax_scale);
   params.num_ctas = static_cast<int>(plan.grid[0]);
   const LaunchScope scope(q);
   FX_CUDA_CHECK(find_fwd(plan.variant->name)(params, scope.stream()), plan.variant->name);

@@ -114,8 +114,9 @@ void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& dev
   }
 }
 
-// Items of the tile schedule and rows of a head are 32-bit numbers in the kernels; offsets are 64-bit.
-constexpr int64_t kMaxItems = int64_t{1} << 30;
+// Items of the tile schedule and rows of a head are 32-bit numbers in the kernels, and sums of rows, windows and a tile
+// must be too; offsets are 64-bit.
+constexpr int64_t kMaxItems = (int64_t{1} << 30) - 512;
 
 bool sizes_fit(const FwdProblem& problem) {
   return problem.batch() * problem.num_heads() * (problem.seqlen_q() / 64 + 1) < kMaxItems &&

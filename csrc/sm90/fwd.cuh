@@ -68,8 +68,7 @@ struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_> {
   using Tile = FwdTile<kHeadDim_, kHeadDimV_, Mask_>;
   using Element = Element_;
   using Mask = Mask_;
-  using Tiles = PrefixTiles<Mask>;
-  using Seqlens = DenseSeqlens;
+  using Tiles = RangeTiles<Mask>;
   using Output = DenseOutput<Element>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -125,9 +124,11 @@ __device__ __forceinline__ void for_each_item(const FwdParams& params, Function&
     const int index = Schedule::index(round, blockIdx.x, gridDim.x);
     if (index >= schedule.num_items()) return;
     const WorkItem item = schedule.item(index);
-    const Sequence sequence = Config::Seqlens::sequence(params, item.batch);
-    function(item, sequence,
-             Config::Tiles::template tiles<Config::kBlockM, Config::kBlockN>(sequence, item.m_block));
+    const Sequence sequence = sequence_of(params.seqlens_q, params.seqlens_k, item.batch);
+    const int first_row = item.m_block * Config::kBlockM;
+    const int last_row = min_of(Config::kBlockM, sequence.q.num_rows - first_row) - 1 + first_row;
+    function(item, sequence, Config::Tiles::template key_tiles<Config::kBlockN>(typename Config::Mask(params.mask), sequence,
+                                                                                first_row, last_row));
   }
 }
 
@@ -158,14 +159,14 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
     const auto load_k = [&](int i) {
       shared.k_ring.begin_fill(k_state, Config::kKeyTileBytes);
       copy_tile(params.k_tma, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage], Config::kBlockN,
-                Config::kHeadDim, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
+                Config::kHeadDim, sequence.k.first_row + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.k.batch,
                 CacheHint::kEvictLast);
       k_state.advance();
     };
     const auto load_v = [&](int i) {
       shared.v_ring.begin_fill(v_state, Config::kValueTileBytes);
       copy_tile(params.v_tma, &shared.v_ring.full[v_state.stage], shared.v[v_state.stage], Config::kBlockN,
-                Config::kHeadDimV, sequence.first_row_k + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.batch_k,
+                Config::kHeadDimV, sequence.k.first_row + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.k.batch,
                 CacheHint::kEvictLast);
       v_state.advance();
     };
@@ -173,7 +174,7 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
     load_k(0);
     shared.q_ring.begin_fill(q_state, Config::kQueryTileBytes);
     copy_tile(params.q_tma, &shared.q_ring.full[q_state.stage], shared.q[q_state.stage], Config::kBlockM,
-              Config::kHeadDim, sequence.first_row_q + item.m_block * Config::kBlockM, item.head, sequence.batch_q,
+              Config::kHeadDim, sequence.q.first_row + item.m_block * Config::kBlockM, item.head, sequence.q.batch,
               CacheHint::kEvictFirst);
     q_state.advance();
     // In the order of consumption: V follows one step behind K.
@@ -249,14 +250,15 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   const int my_turn = turn_of(my_index);
   const int next_turn = turn_of(my_index + 1 == Config::kNumConsumers ? 0 : my_index + 1);
 
-  const FoldedScale scale = fold_scale(params.softmax_scale);
+  const typename Config::Mask mask(params.mask);
+  const FoldedScale scale = fold_scale(params.score.softmax_scale);
   // Descriptors start from the base of shared memory, so that one register serves all of them. Units of 16 bytes.
   constexpr uint32_t kQueries = offsetof(Shared, q) / 16, kQueryStage = sizeof(shared.q[0]) / 16;
   constexpr uint32_t kKeys = offsetof(Shared, k) / 16, kKeyStage = sizeof(shared.k[0]) / 16;
   constexpr uint32_t kValues = offsetof(Shared, v) / 16, kValueStage = sizeof(shared.v[0]) / 16;
   const uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);
-  // seqlen_k is never negative: this is kDescriptorHigh, but the compiler does not know and keeps it in its register.
-  const uint32_t descriptor_high = kDescriptorHigh + (params.seqlen_k >> 31);
+  // The number is never negative: this is kDescriptorHigh, but the compiler does not know and keeps it in its register.
+  const uint32_t descriptor_high = kDescriptorHigh + (params.seqlens_k.num_rows >> 31);
   const WgmmaDescriptor q_major{k_major_descriptor(base), kDescriptorHigh};
   const WgmmaDescriptor k_major{k_major_descriptor(base), descriptor_high};
   const WgmmaDescriptor mn_major{mn_major_descriptor(base, Config::kBlockN), descriptor_high};
@@ -307,7 +309,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + acc_row(lane, half);
-        tile.visible_end[half] = Config::Mask::visible_end(row, sequence.seqlen_q, sequence.seqlen_k) -
+        tile.visible_end[half] = mask.visible_end(row, sequence) -
                                  n_block * Config::kBlockN - acc_first_col(lane);
       }
       return tile;
@@ -413,7 +415,7 @@ __device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
 
   if (warp == 0 && elect_one()) {
     prefetch_tensor_map(params.q_tma.map);
-    if (params.seqlen_k > 0) {
+    if (params.seqlens_k.num_rows > 0) {
       prefetch_tensor_map(params.k_tma.map);
       prefetch_tensor_map(params.v_tma.map);
     }
@@ -439,24 +441,24 @@ cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
   static_assert(kSharedBytes <= kMaxSharedBytes, "a Hopper CTA has at most 227 KB of shared memory");
 
-  const int num_m_blocks = ceil_div(params.seqlen_q, Config::kBlockM);
+  const int num_m_blocks = ceil_div(params.seqlens_q.num_rows, Config::kBlockM);
   const int64_t num_items = int64_t(num_m_blocks) * params.num_heads * params.batch;
   if (num_items == 0) return cudaSuccess;
   // Item numbers are ints, and the last round goes past the end.
   if (num_items + 2 * params.num_ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t kv_bytes = int64_t(params.seqlen_k) * (params.head_dim + params.head_dim_v) * 2;
+  const int64_t kv_bytes = int64_t(params.seqlens_k.num_rows) * (params.head_dim + params.head_dim_v) * 2;
   params.schedule =
       make_schedule(num_m_blocks, params.batch, params.num_heads, params.num_heads_kv, kv_bytes);
 
-  cudaError_t status = encode_tma_tensor(&params.q_tma, {params.q, params.q_strides, params.batch, params.seqlen_q,
+  cudaError_t status = encode_tma_tensor(&params.q_tma, {params.q, params.q_strides, params.batch, params.seqlens_q.num_rows,
                                                          params.num_heads, params.head_dim, Config::kBlockM});
   // Without keys nothing is copied, and the maps of empty tensors do not exist.
-  if (status == cudaSuccess && params.seqlen_k > 0) {
-    status = encode_tma_tensor(&params.k_tma, {params.k, params.k_strides, params.batch, params.seqlen_k,
+  if (status == cudaSuccess && params.seqlens_k.num_rows > 0) {
+    status = encode_tma_tensor(&params.k_tma, {params.k, params.k_strides, params.batch, params.seqlens_k.num_rows,
                                                params.num_heads_kv, params.head_dim, Config::kBlockN});
   }
-  if (status == cudaSuccess && params.seqlen_k > 0) {
-    status = encode_tma_tensor(&params.v_tma, {params.v, params.v_strides, params.batch, params.seqlen_k,
+  if (status == cudaSuccess && params.seqlens_k.num_rows > 0) {
+    status = encode_tma_tensor(&params.v_tma, {params.v, params.v_strides, params.batch, params.seqlens_k.num_rows,
                                                params.num_heads_kv, params.head_dim_v, Config::kBlockN});
   }
   if (status != cudaSuccess) return status;

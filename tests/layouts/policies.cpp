@@ -26,66 +26,161 @@ int failures = 0;
     }                               \
   } while (0)
 
-bool sees(FullMask, int, int, int, int) { return true; }
-bool sees(CausalMask, int row, int key, int seqlen_q, int seqlen_k) { return key - row <= seqlen_k - seqlen_q; }
+constexpr MaskParams kAnyWindow{-1, -1};
 
-// Visited once, from the list's order; every visible pair covered; no tile without a visible pair; every tile after the
-// masked ones is full; the end of each row.
-template <class Mask, int kBlockM, int kBlockN>
-void check_tiles(int seqlen_q, int seqlen_k) {
-  const Sequence sequence{seqlen_q, seqlen_k, 0, 0, 0, 0};
-  for (int m_block = 0; m_block * kBlockM < seqlen_q; ++m_block) {
-    const TileRange list = PrefixTiles<Mask>::template tiles<kBlockM, kBlockN>(sequence, m_block);
-    EXPECT(list.num_masked >= 0 && list.num_masked <= list.num_tiles, "%d x %d", seqlen_q, seqlen_k);
-    EXPECT(PrefixTiles<Mask>::kManyMasked || list.num_masked <= 1, "%d x %d", seqlen_q, seqlen_k);
-    const int num_n_blocks = ceil_div(seqlen_k, kBlockN);
-    std::vector<int> visits(num_n_blocks, 0);
-    for (int i = 0; i < list.num_tiles; ++i) {
-      const int n_block = list.n_block(i);
-      EXPECT(n_block >= 0 && n_block < num_n_blocks, "%d x %d: tile %d", seqlen_q, seqlen_k, n_block);
-      if (n_block < 0 || n_block >= num_n_blocks) continue;
-      EXPECT(++visits[n_block] == 1, "%d x %d: tile %d twice", seqlen_q, seqlen_k, n_block);
-      if (i < list.num_masked) continue;
-      for (int row = m_block * kBlockM; row < min_of((m_block + 1) * kBlockM, seqlen_q); ++row) {
-        for (int key = n_block * kBlockN; key < (n_block + 1) * kBlockN; ++key) {
-          EXPECT(key < seqlen_k && sees(Mask{}, row, key, seqlen_q, seqlen_k), "%d x %d: (%d, %d) in an unmasked tile",
-                 seqlen_q, seqlen_k, row, key);
-        }
-      }
+// The definition, by distance from the diagonal.
+bool sees(const FullMask&, int /*distance*/) { return true; }
+bool sees(const CausalMask&, int distance) { return distance <= 0; }
+bool sees(const LocalMask& mask, int distance) { return -mask.left <= distance && distance <= mask.right; }
+
+// Visible pairs of one sequence, by the definition; a row for each query.
+template <class Mask>
+std::vector<std::vector<bool>> visible_pairs(const Mask& mask, const Sequence& sequence) {
+  std::vector<std::vector<bool>> pairs(sequence.q.num_rows, std::vector<bool>(sequence.k.num_rows));
+  for (int row = 0; row < sequence.q.num_rows; ++row) {
+    for (int key = 0; key < sequence.k.num_rows; ++key) pairs[row][key] = sees(mask, key - row - sequence.diagonal);
+  }
+  return pairs;
+}
+
+// How many pairs of a tile are visible, rows and keys beyond the sequence left out.
+struct Count {
+  int visible = 0;
+  int pairs = 0;
+};
+Count count(const std::vector<std::vector<bool>>& pairs, int row, int rows, int key, int keys) {
+  Count found;
+  for (int i = row; i < min_of<int>(row + rows, pairs.size()); ++i) {
+    for (int j = key; j < min_of<int>(key + keys, pairs[i].size()); ++j) {
+      ++found.pairs;
+      found.visible += pairs[i][j];
     }
-    for (int n_block = 0; n_block < num_n_blocks; ++n_block) {
-      bool any = false;
-      for (int row = m_block * kBlockM; row < min_of((m_block + 1) * kBlockM, seqlen_q); ++row) {
-        for (int key = n_block * kBlockN; key < min_of((n_block + 1) * kBlockN, seqlen_k); ++key) {
-          const bool visible = sees(Mask{}, row, key, seqlen_q, seqlen_k);
-          any |= visible;
-          EXPECT(visible == (key < Mask::visible_end(row, seqlen_q, seqlen_k)), "%d x %d: end of row %d",
-                 seqlen_q, seqlen_k, row);
-        }
-      }
-      EXPECT(any == (visits[n_block] == 1), "%d x %d: rows of %d, tile %d", seqlen_q, seqlen_k, m_block, n_block);
+  }
+  return found;
+}
+
+// Intervals and their inverse are the mask's; every visible pair lies in a tile that is visited once, from either side; no
+// tile is visited for nothing; tiles said to be full are.
+template <class Mask, int kBlockM, int kBlockN>
+void check_tiles(const Mask& mask, const Sequence& sequence) {
+  using Tiles = RangeTiles<Mask>;
+  const int seqlen_q = sequence.q.num_rows, seqlen_k = sequence.k.num_rows;
+  const auto pairs = visible_pairs(mask, sequence);
+  for (int row = 0; row < seqlen_q; ++row) {
+    for (int key = 0; key < seqlen_k; ++key) {
+      const bool by_row = mask.visible_begin(row, sequence) <= key && key < mask.visible_end(row, sequence);
+      const bool by_key = mask.rows_begin(key, sequence) <= row && row < mask.rows_end(key, sequence);
+      EXPECT(by_row == pairs[row][key] && by_key == pairs[row][key], "%d x %d: (%d, %d)", seqlen_q, seqlen_k, row, key);
+    }
+  }
+  for (int m_block = 0; m_block * kBlockM < seqlen_q; ++m_block) {
+    const int first_row = m_block * kBlockM, last_row = min_of(first_row + kBlockM, seqlen_q) - 1;
+    const KeyTiles tiles = Tiles::template key_tiles<kBlockN>(mask, sequence, first_row, last_row);
+    EXPECT(0 <= tiles.num_masked && tiles.num_masked <= tiles.full_end && tiles.full_end <= tiles.num_tiles, "%d x %d",
+           seqlen_q, seqlen_k);
+    EXPECT(Tiles::kManyMasked || tiles.num_masked <= 1, "%d x %d", seqlen_q, seqlen_k);
+    EXPECT(Tiles::kMaskedLeft || tiles.full_end == tiles.num_tiles, "%d x %d", seqlen_q, seqlen_k);
+    std::vector<int> visits(ceil_div(seqlen_k, kBlockN), 0);
+    for (int i = 0; i < tiles.num_tiles; ++i) {
+      const int n_block = tiles.n_block(i);
+      EXPECT(n_block >= 0 && n_block < int(visits.size()), "%d x %d: tile %d", seqlen_q, seqlen_k, n_block);
+      if (n_block < 0 || n_block >= int(visits.size())) continue;
+      EXPECT(++visits[n_block] == 1, "%d x %d: tile %d twice", seqlen_q, seqlen_k, n_block);
+      if (i < tiles.num_masked || i >= tiles.full_end) continue;
+      const Count found = count(pairs, first_row, kBlockM, n_block * kBlockN, kBlockN);
+      EXPECT(found.visible == (last_row - first_row + 1) * kBlockN, "%d x %d: tile (%d, %d) is not full", seqlen_q,
+             seqlen_k, m_block, n_block);
+    }
+    for (int n_block = 0; n_block < int(visits.size()); ++n_block) {
+      const bool any = count(pairs, first_row, kBlockM, n_block * kBlockN, kBlockN).visible > 0;
+      EXPECT(any == (visits[n_block] == 1), "%d x %d: tile (%d, %d)", seqlen_q, seqlen_k, m_block, n_block);
+    }
+  }
+  for (int n_block = 0; n_block * kBlockN < seqlen_k; ++n_block) {
+    const QueryTiles tiles = Tiles::template query_tiles<kBlockM, kBlockN>(mask, sequence, n_block);
+    EXPECT(0 <= tiles.begin && tiles.begin <= tiles.full_begin && tiles.full_begin <= tiles.full_end && tiles.full_end <= tiles.end,
+           "%d x %d", seqlen_q, seqlen_k);
+    for (int m_block = 0; m_block * kBlockM < seqlen_q; ++m_block) {
+      const Count found = count(pairs, m_block * kBlockM, kBlockM, n_block * kBlockN, kBlockN);
+      const bool visited = tiles.begin <= m_block && m_block < tiles.end;
+      EXPECT(visited == (found.visible > 0), "%d x %d: tile (%d, %d), backward", seqlen_q, seqlen_k, m_block, n_block);
+      const bool full = tiles.full_begin <= m_block && m_block < tiles.full_end;
+      const bool whole = (n_block + 1) * kBlockN <= seqlen_k;
+      EXPECT(full == (whole && found.visible == found.pairs), "%d x %d: full tile (%d, %d), backward", seqlen_q, seqlen_k,
+             m_block, n_block);
     }
   }
 }
 
+template <class Mask>
+void check_tile_sizes(const MaskParams& params, const Sequence& sequence) {
+  const Mask mask(params);
+  check_tiles<Mask, 16, 16>(mask, sequence);
+  check_tiles<Mask, 24, 16>(mask, sequence);
+  check_tiles<Mask, 16, 22>(mask, sequence);
+}
+
 void check_all_tiles() {
-  const int lengths[] = {0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 47, 48, 49, 64, 65, 95, 96, 97};
+  const int lengths[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49, 65, 97};
+  const int windows[] = {-1, 0, 1, 9, 16, 40};
   for (int seqlen_q : lengths) {
     for (int seqlen_k : lengths) {
-      check_tiles<FullMask, 16, 16>(seqlen_q, seqlen_k);
-      check_tiles<FullMask, 24, 16>(seqlen_q, seqlen_k);
-      check_tiles<CausalMask, 16, 16>(seqlen_q, seqlen_k);
-      check_tiles<CausalMask, 24, 16>(seqlen_q, seqlen_k);
-      check_tiles<CausalMask, 16, 22>(seqlen_q, seqlen_k);
+      const Sequence whole{{0, seqlen_q, 0}, {0, seqlen_k, 0}, seqlen_k - seqlen_q};
+      for (const Sequence& sequence : {whole, with_keys_between(whole, seqlen_k / 3, seqlen_k - 5)}) {
+        check_tile_sizes<FullMask>(kAnyWindow, sequence);
+        check_tile_sizes<CausalMask>(kAnyWindow, sequence);
+        for (int left : windows) {
+          for (int right : windows) check_tile_sizes<LocalMask>({left, right}, sequence);
+        }
+      }
     }
   }
   // The largest lengths: nothing overflows.
-  constexpr int kMost = std::numeric_limits<int>::max();
-  const Sequence longest{kMost, kMost, 0, 0, 0, 0};
-  const int last = (kMost - 1) / 128;
-  EXPECT((PrefixTiles<FullMask>::tiles<128, 128>(longest, last).num_tiles == last + 1), "longest");
-  EXPECT((PrefixTiles<CausalMask>::tiles<128, 128>(longest, last).num_tiles == last + 1), "longest");
-  EXPECT((PrefixTiles<CausalMask>::tiles<128, 128>(longest, 0).num_tiles == 1), "longest");
+  constexpr int kMost = kMaxWindow;
+  for (int seqlen_q : {1, kMost}) {
+    for (int seqlen_k : {1, kMost}) {
+      const Sequence longest{{0, seqlen_q, 0}, {0, seqlen_k, 0}, seqlen_k - seqlen_q};
+      const int last_row = seqlen_q - 1, all = ceil_div(seqlen_k, 128);
+      EXPECT((RangeTiles<FullMask>::key_tiles<128>(FullMask(kAnyWindow), longest, last_row, last_row).num_tiles == all), "longest");
+      EXPECT((RangeTiles<CausalMask>::key_tiles<128>(CausalMask(kAnyWindow), longest, last_row, last_row).num_tiles == all),
+             "longest");
+      for (int window : {-1, kMaxWindow}) {
+        const LocalMask mask({window, window});
+        EXPECT((RangeTiles<LocalMask>::key_tiles<128>(mask, longest, last_row, last_row).num_tiles == all), "longest");
+        EXPECT((RangeTiles<LocalMask>::query_tiles<128, 128>(mask, longest, 0).end == ceil_div(seqlen_q, 128)), "longest");
+      }
+    }
+  }
+}
+
+// Packed sequences, and numbers in device memory that nobody has checked.
+void check_sequences() {
+  const int garbage[][5] = {{0, 3, 3, 40, 64}, {5, 2, 90, -7, 1 << 30}, {64, 0, 64, 0, 64}, {0, 0, 0, 0, 0}, {-9, 70, 10, 20, 63}};
+  constexpr int kBatch = 4, kTotal = 64, kBlock = 8;
+  const int used[] = {2, -1, 1 << 30, 20}, pads[] = {1, 1 << 30, -3, 4};
+  for (const auto& cu_seqlens : garbage) {
+    for (int with = 0; with < 4; ++with) {
+      const SeqlenParams params{cu_seqlens, with & 1 ? used : nullptr, with & 2 ? pads : nullptr, kTotal};
+      for (int b = 0; b < kBatch; ++b) {
+        const RowRange rows = rows_of_sequence(params, b);
+        EXPECT(rows.first_row >= 0 && rows.num_rows >= 0 && rows.first_row + rows.num_rows <= kTotal && rows.batch == 0,
+               "sequence %d: rows %d + %d", b, rows.first_row, rows.num_rows);
+        const int slot = first_slot(params, b, kBlock);
+        EXPECT(slot >= 0 && slot * kBlock + rows.num_rows <= num_slots(kTotal, kBatch, kBlock) * kBlock, "slot %d", slot);
+      }
+    }
+  }
+  const int lengths[] = {0, 3, 0, 17, 8, 0, 1, 16};
+  int cu_seqlens[9] = {};
+  for (int b = 0; b < 8; ++b) cu_seqlens[b + 1] = cu_seqlens[b] + lengths[b];
+  const SeqlenParams params{cu_seqlens, nullptr, nullptr, cu_seqlens[8]};
+  std::vector<int> blocks(8, 0);
+  for (int slot = 0; slot < num_slots(cu_seqlens[8], 8, kBlock); ++slot) {
+    const SequenceBlock found = block_at_slot(params, 8, kBlock, slot);
+    if (found.block * kBlock >= lengths[found.index]) continue;
+    EXPECT(found.block == blocks[found.index]++, "slot %d: block %d of sequence %d", slot, found.block, found.index);
+  }
+  for (int b = 0; b < 8; ++b) EXPECT(blocks[b] == ceil_div(lengths[b], kBlock), "sequence %d has %d blocks", b, blocks[b]);
 }
 
 // Every item once, whatever the number of CTAs; longer tiles never after shorter ones in a group of heads; query
@@ -171,6 +266,7 @@ void check_scale() {
 
 int main() {
   check_all_tiles();
+  check_sequences();
   check_schedules();
   check_divisors();
   check_scale();

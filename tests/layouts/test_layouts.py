@@ -74,9 +74,29 @@ def test_policies(tmp_path: Path, cuda_includes: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("tiles.cuh", "num_tiles - every_row_ends / kBlockN}", "num_tiles - ceil_div(every_row_ends, kBlockN)}"),
-        ("tiles.cuh", "(some_row_ends - 1) / kBlockN + 1", "some_row_ends / kBlockN + 1"),
-        ("masks.cuh", "row + 1 + (seqlen_k - seqlen_q)", "row + (seqlen_k - seqlen_q)"),
+        (
+            "tiles.cuh",
+            "clamp(end - mask.visible_end(first_row, sequence) / kBlockN,",
+            "clamp(end - ceil_div(mask.visible_end(first_row, sequence), kBlockN),",
+        ),
+        ("tiles.cuh", "end = ceil_div(keys_end, kBlockN)", "end = keys_end / kBlockN + 1"),
+        (
+            "tiles.cuh",
+            "ceil_div(mask.visible_begin(last_row, sequence), kBlockN) - begin",
+            "mask.visible_begin(last_row, sequence) / kBlockN - begin",
+        ),
+        ("tiles.cuh", "if (first_key >= keys_end) return {0, 0, 0, 0};", ""),
+        ("tiles.cuh", "ceil_div(mask.rows_begin(last_key, sequence), kBlockM)", "mask.rows_begin(last_key, sequence) / kBlockM"),
+        ("tiles.cuh", "full_rows_end == sequence.q.num_rows ? end : full_rows_end / kBlockM", "ceil_div(full_rows_end, kBlockM)"),
+        ("masks.cuh", "clamp(row + 1 + s.diagonal, 0, s.k.num_rows)", "clamp(row + s.diagonal, 0, s.k.num_rows)"),
+        ("masks.cuh", "clamp(key - s.diagonal - right, 0, s.q.num_rows)", "clamp(key - s.diagonal, 0, s.q.num_rows)"),
+        (
+            "seqlens.cuh",
+            "first = clamp(params.cu_seqlens[index], 0, params.num_rows)",
+            "first = params.cu_seqlens[index]",
+        ),
+        ("seqlens.cuh", "clamp(params.seqused[index], 0, owned)", "params.seqused[index]"),
+        ("seqlens.cuh", "/ block + index", "/ block"),
         ("scheduler.cuh", "num_ctas - 1 - cta", "num_ctas - cta"),
         ("scheduler.cuh", "num_m_blocks - 1 - rank", "rank"),
         ("scheduler.cuh", "group < full_groups", "group <= full_groups"),
