@@ -1,13 +1,13 @@
-"""The public function."""
+"""The public functions for batches of equally long sequences."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+from collections.abc import Sequence
 
-from . import ops
-from .arguments import autocast, check_arguments
+from torch import Tensor
+
+from .call import Call
+from .run import results, run
 
 
 def attention(
@@ -19,10 +19,14 @@ def attention(
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    k_bias: Tensor | None = None,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention, differentiable, in memory linear in the sequence length.
 
     out = softmax(softmax_scale * q @ k^T, masked) @ v for each head, by the tiled online softmax of FlashAttention (Dao
@@ -39,21 +43,34 @@ def attention(
         softmax_scale: factor on q . k, any finite number; 1 / sqrt(head_dim) by default.
         window_size: (left, right), inclusive: row i also sees only keys from i + seqlen_k - seqlen_q - left to
             i + seqlen_k - seqlen_q + right. -1 is unbounded. causal sets the right side to 0.
-        softcap: if positive, scores become softcap * tanh(score / softcap) before the mask (Gemma 2). 0 is off.
+        softcap: if positive, scores become softcap * tanh(score / softcap) before anything is added to them (Gemma 2).
+            0 is off.
+        sinks: (num_heads) float32, a logit for each query head that takes part in the softmax without a value, so that a
+            row can attend to nothing (gpt-oss; Xiao et al. 2024). In natural-log units, not multiplied by softmax_scale.
+            lse includes it. Has a gradient.
+        alibi_slopes: (num_heads) or (batch, num_heads) float32: score -= slope * |i + seqlen_k - seqlen_q - j| (ALiBi,
+            Press et al. 2022). Has no gradient.
+        k_bias: (batch, num_heads_kv, seqlen_k) float32, added to every score of its key, in natural-log units, after
+            softcap. -inf hides the key, as a mask of padding does. Has a gradient.
         return_lse: also return lse, the natural log of the softmax's denominator. It has a gradient.
+        return_max_logit: also return max_logit, the largest score that each query head saw in this call (after softcap,
+            ALiBi, k_bias and the mask, without the sink), as QK-clipping optimisers watch it. Has no gradient.
         deterministic: gradients bitwise equal from run to run. None follows torch.use_deterministic_algorithms.
         backend: 'sm90', 'sm80' or 'reference' to insist on one; None lets flash_ext choose (see flash_ext.explain).
 
     Returns:
-        out: (batch, seqlen_q, num_heads, head_dim_v), dtype of q. With return_lse, the pair (out, lse): lse
-        (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has out = 0,
-        lse = -inf and zero gradients. An empty batch or sequence is not an error.
+        out, (out, lse), (out, max_logit) or (out, lse, max_logit).
+        out: (batch, seqlen_q, num_heads, head_dim_v), dtype of q. lse: (batch, num_heads, seqlen_q), float32 (float64 for
+        float64 inputs). max_logit: (num_heads), dtype of lse; -inf for a head that sees nothing. A row that sees no key
+        has out = 0, lse = -inf (its sink, where there are sinks) and zero gradients, but for d lse / d sink = 1. An
+        empty batch or sequence is not an error.
 
-    A hidden key's k never matters, whatever it holds. NaN or infinity in a hidden v can reach rows of the same tile
-    (0 * NaN is NaN), as in every tiled implementation.
+    In the forward a hidden key's k never matters, whatever it holds. NaN or infinity in a hidden v can reach rows of the
+    same tile (0 * NaN is NaN), as in every tiled implementation.
 
-    The last dimension must be contiguous; other strides are free. Under autocast, q, k and v are cast to the autocast
-    dtype. Calls that no compiled kernel covers run on the reference, on a GPU with a FallbackWarning.
+    The last dimension must be contiguous; other strides are free. float64 inputs may have sinks, alibi_slopes and k_bias in
+    float64. Under autocast, q, k and v are cast to the autocast dtype. Calls that no compiled kernel covers run on the
+    reference, on a GPU with a FallbackWarning.
 
     Raises:
         TypeError: an argument has a wrong Python type.
@@ -61,43 +78,49 @@ def attention(
         NotImplementedError: inside torch.func transforms, in forward-mode differentiation, and for a second derivative.
         RuntimeError: CUDA failed.
     """
-    q, k, v = autocast(q, k, v)
-    check_arguments(
-        q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
-        return_lse=return_lse, deterministic=deterministic, backend=backend,
-    )  # fmt: skip
-    tracing = torch.compiler.is_compiling()
-    if not tracing:
-        _check_eager(q, k, v, causal, softmax_scale, window_size, softcap, backend)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    arguments = (
-        q, k, v, float(softmax_scale), causal, window_size[0], window_size[1], float(softcap), deterministic, backend,
-    )  # fmt: skip
-    fwd = torch.ops.flash_ext.fwd
-    if tracing:
-        out, lse = fwd(*arguments)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = ops.call(fwd, *arguments)
-    else:
-        # Nothing to differentiate: the Python layer of the op's autograd registration costs a third of a call.
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = ops.call(fwd, *arguments)
-    return (out, lse) if return_lse else out
-
-
-def _check_eager(q, k, v, causal, softmax_scale, window_size, softcap, backend) -> None:
-    """What a trace cannot ask: the active torch.func transforms, and the planner about a backend asked for by name."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "attention: torch.func transforms (grad, vmap, jvp, ...) are not supported; use torch.autograd, or batch "
-            "through the batch dimension"
+    return results(
+        Call(
+            q, k, v, causal, softmax_scale, window_size, softcap, sinks, alibi_slopes, k_bias, return_lse, return_max_logit,
+            deterministic, backend,
         )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
-        raise NotImplementedError("attention: forward-mode differentiation is not supported; use torch.autograd")
-    if backend is not None and backend != "reference":
-        from .dispatch import require_backend
+    )  # fmt: skip
 
-        require_backend(backend, q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap)
+
+def attention_partials(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    split_boundaries: Sequence[int],
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """attention over each part of the keys by itself: what flash_ext.merge_attention puts together again.
+
+    Part p attends to keys split_boundaries[p] up to (not including) split_boundaries[p + 1]. Masks, windows and ALiBi
+    count positions in the whole sequence, so that merge_attention(*attention_partials(q, k, v, ...)) is
+    attention(q, k, v, ..., return_lse=True) up to rounding.
+
+    Args:
+        split_boundaries: 2 to 65 ints, not decreasing, from 0 to seqlen_k. Equal neighbours make an empty part.
+        q, k, v and the other options: as flash_ext.attention. Sinks belong to the merge.
+
+    Returns:
+        (outs, lses), both differentiable. outs: (parts, batch, seqlen_q, num_heads, head_dim_v), dtype of q. lses: (parts,
+        batch, num_heads, seqlen_q), float32 (float64 for float64 inputs). Where a part shows a row no key: 0 and -inf.
+
+    Raises: as flash_ext.attention.
+    """
+    outs, lses, _ = run(
+        Call(
+            q, k, v, causal, softmax_scale, window_size, softcap, None, alibi_slopes, k_bias, deterministic=deterministic,
+            backend=backend, split_boundaries=split_boundaries, function="attention_partials",
+        )
+    )  # fmt: skip
+    return outs, lses

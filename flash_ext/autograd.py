@@ -1,6 +1,6 @@
 """Gradients of the ops, registered with the dispatcher: eager mode, torch.compile and direct calls all take them.
 
-The backward (FlashAttention, Dao et al. 2022, algorithm 4) needs q, k, v, out and lse; lse has a gradient of its own.
+The backward (FlashAttention, Dao et al. 2022, algorithm 4) needs the inputs, out and lse; lse has a gradient of its own.
 """
 
 from __future__ import annotations
@@ -8,24 +8,45 @@ from __future__ import annotations
 import torch
 
 from . import ops
+from .call import TENSORS, WANT_DK, WANT_DK_BIAS, WANT_DQ, WANT_DSINKS, WANT_DV, Inputs
+
+# Position among the ops' arguments -> bit of `wanted`, in the order of the backward's results.
+_DIFFERENTIABLE = {
+    Inputs._fields.index(name): bit
+    for name, bit in {"q": WANT_DQ, "k": WANT_DK, "v": WANT_DV, "sinks": WANT_DSINKS, "k_bias": WANT_DK_BIAS}.items()
+}
+_ALIBI_SLOPES = Inputs._fields.index("alibi_slopes")
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    out, lse, max_logit = output
+    ctx.save_for_backward(*inputs[:TENSORS], out, lse)
+    ctx.options = inputs[TENSORS:]
+    ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
 
 
-def _fwd_backward(ctx, dout, dlse):
-    *scoring, deterministic, backend = ctx.options
-    gradients = ops.call(torch.ops.flash_ext.bwd, dout, dlse, *ctx.saved_tensors, *scoring, deterministic, backend)
-    return *gradients, *(None for _ in ctx.options)
+def _gradients(ctx, bwd, dout, dlse, options, deterministic, chosen):
+    """A gradient, or None, for each input of the forward; bwd's last argument is `chosen` (backend or reason)."""
+    if ctx.needs_input_grad[_ALIBI_SLOPES]:
+        raise NotImplementedError("attention: alibi_slopes have no gradient; detach them")
+    wanted = sum(bit for position, bit in _DIFFERENTIABLE.items() if ctx.needs_input_grad[position])
+    q, k, v, *rest, out, lse = ctx.saved_tensors
+    computed = ops.call(bwd, dout, dlse, q, k, v, out, lse, *rest, *options, deterministic, wanted, chosen)
+    gradients = [None] * (TENSORS + len(ctx.options))
+    for (position, bit), gradient in zip(_DIFFERENTIABLE.items(), computed, strict=True):
+        gradients[position] = gradient if wanted & bit else None
+    return tuple(gradients)
 
 
-def _reference_fwd_backward(ctx, dout, dlse):
-    *scoring, reason = ctx.options
-    gradients = torch.ops.flash_ext.reference_bwd(dout, dlse, *ctx.saved_tensors, *scoring, True, reason)
-    return *gradients, *(None for _ in ctx.options)
+def _fwd_backward(ctx, dout, dlse, _):
+    *options, _return_max_logit, deterministic, backend = ctx.options
+    return _gradients(ctx, torch.ops.flash_ext.bwd, dout, dlse, options, deterministic, backend)
+
+
+def _reference_fwd_backward(ctx, dout, dlse, _):
+    *options, _return_max_logit, reason = ctx.options
+    return _gradients(ctx, torch.ops.flash_ext.reference_bwd, dout, dlse, options, True, reason)
 
 
 def _no_double_backward(ctx, *_):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import env, ops, reference
 from .arguments import BACKENDS, autocast, check_arguments
+from .call import OPTIONS, VARLEN_OPTIONS, Call
 
 DEVICES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
@@ -75,20 +76,33 @@ def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
     return tuple(tensor.shape), tuple(tensor.stride()), address % 16 == 0
 
 
-def _plan(device: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    scale = options["softmax_scale"]
+_NEW = (
+    "sinks", "alibi_slopes", "k_bias", "cu_seqlens_q", "split_boundaries",
+)  # fmt: skip
+
+
+def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
+    q = call.q
+    beyond = [name for name in _NEW if getattr(call, name) is not None] + ["return_max_logit"] * call.return_max_logit
+    if beyond:  # the planner does not know these yet
+        why = f"no compiled kernel has {', '.join(beyond)}"
+        rejected = {name: [why] for name in BACKENDS if name != "reference"}
+        return {
+            "backend": "reference" if backend in (None, "reference") else "", "variant": "", "tile": (0, 0), "grid": (0, 0, 0),
+            "num_splits": 1, "workspace_bytes": 0, "copies": [], "rejected": rejected, "rejections_as_text": why,
+        }  # fmt: skip
     plan = _host().plan_fwd(
         device=device,
         dtype=str(q.dtype).removeprefix("torch."),
         q=_layout(q),
-        k=_layout(k),
-        v=_layout(v),
-        softmax_scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        causal=options["causal"],
-        window_left=options["window_size"][0],
-        window_right=options["window_size"][1],
-        softcap=float(options["softcap"]),
-        backend=options["backend"] or "",
+        k=_layout(call.k),
+        v=_layout(call.v),
+        softmax_scale=q.shape[-1] ** -0.5 if call.softmax_scale is None else float(call.softmax_scale),
+        causal=call.causal,
+        window_left=call.window_size[0],
+        window_right=call.window_size[1],
+        softcap=float(call.softcap),
+        backend=backend or "",
     )
     if device == "cpu" and q.device.type == "cuda" and ops.library_error is not None:
         why = f"the compiled kernels are not available: {ops.library_error}"
@@ -96,65 +110,71 @@ def _plan(device: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any])
     return plan
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """The tensors as attention would take them (autocast), and every option with its default; checked."""
-    options = {
-        "causal": False, "softmax_scale": None, "window_size": (-1, -1), "softcap": 0.0, "return_lse": False,
-        "deterministic": None, "backend": None,
-    }  # fmt: skip
-    unknown = set(given) - set(options)
+def _checked(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Call:
+    """The call that attention, attention_varlen or attention_partials would make of these options; checked."""
+    unknown = set(options) - set(OPTIONS)
     if unknown:
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; attention takes {', '.join(options)}")
-    options.update(given)
-    q, k, v = autocast(q, k, v)
-    check_arguments(q, k, v, **options)
-    return q, k, v, options
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; attention takes {', '.join(OPTIONS)}")
+    function = "attention"
+    if any(name in options for name in VARLEN_OPTIONS):
+        function = "attention_varlen"
+    elif options.get("split_boundaries") is not None:
+        function = "attention_partials"
+    call = Call(*autocast(q, k, v), **options, function=function)
+    check_arguments(call)
+    return call
 
 
 def supported(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, list[str]]:
     """Each backend with the reasons why it cannot run attention(q, k, v, **options); an empty list where it can.
 
-    Takes and checks the arguments of flash_ext.attention; reads no data, and works on meta tensors.
+    Takes and checks the arguments of flash_ext.attention, with cu_seqlens_q and cu_seqlens_k those of attention_varlen,
+    with split_boundaries those of attention_partials; reads no data, and works on meta tensors.
     """
-    q, k, v, options = _options(q, k, v, options)
-    device, reasons = device_name(q), {}
+    return _supported(_checked(q, k, v, options))
+
+
+def _supported(call: Call) -> dict[str, list[str]]:
+    device, reasons = device_name(call.q), {}
     for backend in BACKENDS:
-        plan = _plan(device, q, k, v, {**options, "backend": backend})
+        plan = _plan(device, call, backend)
         reasons[backend] = [] if plan["backend"] == backend else list(plan["rejected"][backend])
     return reasons
 
 
-def require_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
-    """ValueError with every backend's reasons unless this one can run the call."""
-    reasons = supported(q, k, v, **options)
-    if reasons[backend]:
+def require_backend(call: Call) -> None:
+    """ValueError with every backend's reasons unless the one that the call names can run it."""
+    reasons = _supported(call)
+    if reasons[call.backend]:
         able = ", ".join(name for name, why in reasons.items() if not why)
         whys = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items() if why)
-        raise ValueError(f"attention: backend '{backend}' cannot run this call; these can: {able}; {whys}")
+        raise ValueError(f"{call.function}: backend '{call.backend}' cannot run this call; these can: {able}; {whys}")
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, **options: Any) -> Explanation:
     """What attention(q, k, v, **options) would run, where it is, or on the GPU that device_info imagines.
 
     Args:
-        q, k, v, options: as flash_ext.attention. Meta tensors do: no data is read, and no GPU is needed.
+        q, k, v, options: as flash_ext.attention; with cu_seqlens_q and cu_seqlens_k as flash_ext.attention_varlen, with
+            split_boundaries as flash_ext.attention_partials. Meta tensors do: no data is read, and no GPU is needed.
         device_info: 'sm80', 'sm86', 'sm89', 'sm90', 'sm100' or 'sm120' (a well-known card of that architecture), with its
             number of SMs changed by ':SMS', such as 'sm90:78'.
 
     Raises:
         TypeError, ValueError: as flash_ext.attention; also for an unknown device_info.
     """
-    q, k, v, options = _options(q, k, v, options)
+    call = _checked(q, k, v, options)
     if device_info is not None and (not isinstance(device_info, str) or device_info.split(":")[0] not in DEVICES):
         raise ValueError(f"device_info must be one of {', '.join(DEVICES)}, optionally followed by ':SMS', got {device_info!r}")
-    plan = _plan(device_info or device_name(q), q, k, v, options)
+    plan = _plan(device_info or device_name(call.q), call, call.backend)
     if plan["backend"] == "":
-        raise ValueError(f"attention: backend '{options['backend']}' cannot run this call; {plan['rejections_as_text']}")
+        raise ValueError(f"{call.function}: backend '{call.backend}' cannot run this call; {plan['rejections_as_text']}")
     backend, variant, tile, grid = plan["backend"], plan["variant"], plan["tile"], plan["grid"]
     if backend == "reference":
-        group = q.shape[2] // k.shape[2]
-        variant, tile = "reference_fwd", reference.tile_shape(q.shape[1], k.shape[1], group)
-        grid = (math.ceil(q.shape[1] / tile[0]), q.shape[2], q.shape[0])
+        rows, keys, heads = call.q.shape[-3], call.k.shape[-3], call.q.shape[-2]
+        variant, tile = "reference_fwd", reference.tile_shape(rows, keys, heads // call.k.shape[-2])
+        batch = call.q.shape[0] if call.q.dim() == 4 else 1
+        grid = (math.ceil(rows / tile[0]), heads, batch)
     return Explanation(
         backend=backend,
         variant=variant,

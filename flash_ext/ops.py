@@ -7,7 +7,8 @@
 | flash_ext::bwd_preprocess | CUDA: _C; elsewhere flash_ext/reference.py |
 
 The schemas stand here and not in the library, because the ops exist without it: an install without nvcc runs every
-call on the reference. An op called directly gives the same gradients as flash_ext.attention.
+call on the reference. An op called directly gives the same gradients as flash_ext.attention. max_logit has no gradient,
+alibi_slopes gets none; `wanted` tells the backward which of its results to compute, the others have shape (0).
 """
 
 from __future__ import annotations
@@ -21,60 +22,67 @@ from torch import Tensor
 
 from . import env, reference
 from .arguments import DTYPES
+from .call import WANT_DK, WANT_DK_BIAS, WANT_DQ, WANT_DSINKS, WANT_DV, Inputs
 
 STATS_ROW_ALIGNMENT = 128  # kStatsRowAlignment of csrc/common/params.h
 
-_SCORING = "float softmax_scale, bool causal, int window_left, int window_right, float softcap"
+_QKV = "Tensor q, Tensor k, Tensor v"
+# The fields of Inputs after q, k and v.
+_REST = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_q, Tensor? leftpad_k, "
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor? k_bias, "
+    "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int[] split_boundaries"
+)
+_RESULTS = "(Tensor out, Tensor lse, Tensor max_logit)"
+_SAVED = f"Tensor? dout, Tensor? dlse, {_QKV}, Tensor out, Tensor lse"
+_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dk_bias)"
 _library = torch.library.Library("flash_ext", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
-_library.define(
-    f"fwd(Tensor q, Tensor k, Tensor v, {_SCORING}, bool deterministic, str? backend) -> (Tensor out, Tensor lse)",
-    tags=_tags,
-)
-_library.define(
-    f"bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCORING}, bool deterministic, "
-    "str? backend) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=_tags,
-)
-_library.define(f"reference_fwd(Tensor q, Tensor k, Tensor v, {_SCORING}, str reason) -> (Tensor out, Tensor lse)", tags=_tags)
-_library.define(
-    f"reference_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCORING}, "
-    "bool deterministic, str reason) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=_tags,
-)
-_library.define("bwd_preprocess(Tensor out, Tensor dout, Tensor lse, Tensor? dlse) -> (Tensor delta, Tensor lse_log2)", tags=_tags)
+for _schema in (
+    f"fwd({_QKV}, {_REST}, bool return_max_logit, bool deterministic, str? backend) -> {_RESULTS}",
+    f"bwd({_SAVED}, {_REST}, bool deterministic, int wanted, str? backend) -> {_GRADIENTS}",
+    f"reference_fwd({_QKV}, {_REST}, bool return_max_logit, str reason) -> {_RESULTS}",
+    f"reference_bwd({_SAVED}, {_REST}, bool deterministic, int wanted, str reason) -> {_GRADIENTS}",
+    "bwd_preprocess(Tensor out, Tensor dout, Tensor lse, Tensor? dlse) -> (Tensor delta, Tensor lse_log2)",
+):
+    _library.define(_schema, tags=_tags)
 
 
 # --- the reference ops ---
 
 
-def _scoring(softmax_scale: float, causal: bool, window_left: int, window_right: int, softcap: float) -> reference.Scoring:
-    return reference.Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap)
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(inputs: Inputs) -> None:
     """For ops that are called directly: attention has checked far more."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2] or q.dtype not in DTYPES:
+    q, k, v = inputs[:3]
+    dims = 3 if inputs.packed else 4
+    heads = "" if q.dim() != dims or k.dim() != dims else (q.shape[-2], k.shape[-2])
+    if heads == "" or v.dim() != dims or heads[1] == 0 or heads[0] % heads[1] or q.dtype not in DTYPES:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (q, k, v))
-        raise ValueError(f"flash_ext: q, k, v must be (batch, seqlen, heads, head_dim), q heads a multiple of k's, got {shapes}")
+        layout = "(total, heads, head_dim)" if inputs.packed else "(batch, seqlen, heads, head_dim)"
+        raise ValueError(f"flash_ext: q, k, v must be {layout}, q heads a multiple of k's, got {shapes}")
+    sequences = (inputs.seqused_q, inputs.seqused_k, inputs.leftpad_q, inputs.leftpad_k)
+    if (inputs.cu_seqlens_k is not None) != inputs.packed or (not inputs.packed and sequences != (None,) * 4):
+        raise ValueError("flash_ext: cu_seqlens_q and cu_seqlens_k come together, and seqused and leftpad with them")
+    if inputs.split_boundaries and (inputs.packed or inputs.sinks is not None):
+        raise ValueError("flash_ext: split_boundaries are for dense calls without sinks")
 
 
-def _reference_fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, reason):
-    _check_shapes(q, k, v)
+def _reference_fwd(*arguments):
+    *inputs, return_max_logit, reason = arguments
+    inputs = Inputs(*inputs)
+    _check(inputs)
     if reason:
         env.warn_of_fallback("attention (forward)", reason)
-    with torch.autocast(q.device.type, enabled=False):  # else autocast would run the float32 arithmetic in 16 bits
-        return reference.forward(q, k, v, _scoring(softmax_scale, causal, window_left, window_right, softcap))
+    with torch.autocast(inputs.q.device.type, enabled=False):  # else autocast would run the float32 arithmetic in 16 bits
+        return reference.forward(inputs, return_max_logit)
 
 
-def _reference_bwd(
-    dout, dlse, q, k, v, out, lse, softmax_scale, causal, window_left, window_right, softcap, deterministic, reason
-):  # fmt: skip
+def _reference_bwd(dout, dlse, q, k, v, out, lse, *arguments):
+    *rest, _deterministic, wanted, reason = arguments
     if reason:
         env.warn_of_fallback("attention (backward)", reason)
-    scoring = _scoring(softmax_scale, causal, window_left, window_right, softcap)
     with torch.autocast(q.device.type, enabled=False):
-        return reference.backward(dout, dlse, q, k, v, out, lse, scoring)
+        return reference.backward(dout, dlse, Inputs(q, k, v, *rest), out, lse, wanted)
 
 
 # --- fwd, bwd and bwd_preprocess where the compiled library does not serve the device ---
@@ -86,24 +94,16 @@ def _reason_without_kernels(tensor: Tensor, backend: str | None) -> str:
     return f"the compiled kernels are not available: {library_error}"
 
 
-def _check_backend(backend: str | None) -> None:
+def _fwd(*arguments):
+    *inputs, return_max_logit, _deterministic, backend = arguments
     if backend not in (None, "reference"):
         raise ValueError(f"attention: backend '{backend}' cannot run this call; flash_ext.supported(...) lists the reasons")
+    return _reference_fwd(*inputs, return_max_logit, _reason_without_kernels(inputs[0], backend))
 
 
-def _fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, deterministic, backend):
-    _check_backend(backend)
-    reason = _reason_without_kernels(q, backend)
-    return _reference_fwd(q, k, v, softmax_scale, causal, window_left, window_right, softcap, reason)
-
-
-def _bwd(
-    dout, dlse, q, k, v, out, lse, softmax_scale, causal, window_left, window_right, softcap, deterministic, backend
-):  # fmt: skip
-    reason = _reason_without_kernels(q, backend)
-    return _reference_bwd(
-        dout, dlse, q, k, v, out, lse, softmax_scale, causal, window_left, window_right, softcap, deterministic, reason
-    )  # fmt: skip
+def _bwd(*arguments):
+    *saved, backend = arguments
+    return _reference_bwd(*saved, _reason_without_kernels(saved[2], backend))
 
 
 def _bwd_preprocess(out, dout, lse, dlse):
@@ -153,13 +153,19 @@ for _name, _implementation in (
 # --- fake kernels: shapes, dtypes and strides of the results ---
 
 
-def _fake_fwd(q, k, v, *_):
-    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-    return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=reference.accumulation_dtype(q.dtype))
+def _fake_fwd(*arguments):
+    inputs, return_max_logit = Inputs(*arguments[: len(Inputs._fields)]), arguments[len(Inputs._fields)]
+    q, dtype = inputs.q, reference.accumulation_dtype(inputs.q.dtype)
+    max_logit = q.new_empty(q.shape[-2] if return_max_logit else 0, dtype=dtype)
+    return q.new_empty(inputs.out_shape), q.new_empty(inputs.lse_shape, dtype=dtype), max_logit
 
 
-def _fake_bwd(dout, dlse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_bwd(dout, dlse, q, k, v, out, lse, *arguments):
+    *rest, _deterministic, wanted, _ = arguments
+    inputs = Inputs(q, k, v, *rest)
+    results = ((q, WANT_DQ), (k, WANT_DK), (v, WANT_DV), (inputs.sinks, WANT_DSINKS), (inputs.k_bias, WANT_DK_BIAS))
+    like = [lse if t is None else t for t, _ in results]
+    return tuple(t.new_empty(t.shape if wanted & bit else 0) for t, (_, bit) in zip(like, results, strict=True))
 
 
 def _fake_bwd_preprocess(out, dout, lse, dlse):

@@ -39,6 +39,9 @@ def replaced(index: int, value: Any) -> tuple:
     return tuple(made)
 
 
+# The op's arguments between q, k, v and backend.
+PLAIN = (*(None,) * 9, 1.0, False, -1, -1, 0.0, (), False, False)
+
 # id -> (tensors, options, exception, every violated rule in its own words)
 BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[str]]] = {
     # Python types
@@ -392,7 +395,7 @@ def test_an_unbacked_size_is_accepted() -> None:
 def test_direct_ops_name_an_unavailable_backend() -> None:
     q, k, v = tensors()
     with pytest.raises((ValueError, RuntimeError), match=re.escape("backend 'sm90' cannot run this call")):
-        torch.ops.flash_ext.fwd(q, k, v, 1.0, False, -1, -1, 0.0, False, "sm90")
+        torch.ops.flash_ext.fwd(q, k, v, *PLAIN, "sm90")
 
 
 def test_numpy_scalars_are_numbers() -> None:
@@ -430,4 +433,4 @@ def test_direct_calls_of_the_op_check_heads_and_dtype() -> None:
     q, k, v = tensors()
     for bad in ((q.int(), k.int(), v.int()), (q[:, :, :1].repeat(1, 1, 3, 1), k[:, :, :1].repeat(1, 1, 2, 1), v)):
         with pytest.raises(ValueError, match="multiple of k's"):
-            torch.ops.flash_ext.fwd(*bad, 1.0, False, -1, -1, 0.0, False, None)
+            torch.ops.flash_ext.fwd(*bad, *PLAIN, None)

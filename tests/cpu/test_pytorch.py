@@ -21,8 +21,14 @@ from torch.utils.checkpoint import checkpoint
 import flash_ext
 
 OPS = torch.ops.flash_ext
-SCORING = (0.3, True, -1, -1, 0.0)  # softmax_scale, causal, window_left, window_right, softcap
-TAIL = {"fwd": (False, None), "bwd": (False, None), "reference_fwd": ("",), "reference_bwd": (False, "")}
+# After q, k, v: nothing of sequences and scores, softmax_scale, causal, window_left, window_right, softcap, no splits.
+SCORING = (*(None,) * 9, 0.3, True, -1, -1, 0.0, ())
+WANT_QKV = 7
+# return_max_logit, deterministic, wanted, backend or reason, as far as each op has them.
+TAIL = {
+    "fwd": (False, False, None), "bwd": (False, WANT_QKV, None), "reference_fwd": (False, ""),
+    "reference_bwd": (False, WANT_QKV, ""),
+}  # fmt: skip
 
 
 def qkv(seqlen_q: int = 9, seqlen_k: int = 12, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> list[Tensor]:
@@ -33,7 +39,7 @@ def qkv(seqlen_q: int = 9, seqlen_k: int = 12, dtype: torch.dtype = torch.float3
 
 def backward_arguments(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     q, k, v = qkv(dtype=dtype)
-    out, lse = OPS.fwd(q, k, v, *SCORING, *TAIL["fwd"])
+    out, lse, _ = OPS.fwd(q, k, v, *SCORING, *TAIL["fwd"])
     return [torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse]
 
 
@@ -69,7 +75,7 @@ def test_fake_kernels_tell_the_real_strides(layout: str) -> None:
     arguments = (made.q.requires_grad_(), made.k.requires_grad_(), made.v.requires_grad_(), *SCORING, *TAIL["fwd"])
     torch.library.opcheck(OPS.fwd.default, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
     q, k, v = (t.detach() for t in arguments[:3])
-    out, lse = OPS.fwd(q, k, v, *SCORING, *TAIL["fwd"])
+    out, lse, _ = OPS.fwd(q, k, v, *SCORING, *TAIL["fwd"])
     backward = (torch.randn_like(out), None, q, k, v, out, lse, *SCORING, *TAIL["bwd"])
     torch.library.opcheck(OPS.bwd.default, backward, test_utils=("test_faketensor",))
 
@@ -80,7 +86,7 @@ def test_fake_kernels_tell_the_real_strides(layout: str) -> None:
 @pytest.mark.parametrize("op", ("fwd", "reference_fwd"))
 def test_direct_calls_have_the_same_gradients(op: str) -> None:
     direct, through = qkv(requires_grad=True), qkv(requires_grad=True)
-    out, lse = getattr(OPS, op)(*direct, *SCORING, *TAIL[op])
+    out, lse, _ = getattr(OPS, op)(*direct, *SCORING, *TAIL[op])
     expected_out, expected_lse = flash_ext.attention(*through, softmax_scale=0.3, causal=True, return_lse=True)
     assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
     (out.square().sum() + lse.sin().sum()).backward()
@@ -128,7 +134,7 @@ def test_direct_backward_has_no_silent_gradient() -> None:
     arguments = backward_arguments()
     arguments[2].requires_grad_()
     for op in ("bwd", "reference_bwd"):
-        dq, _, _ = getattr(OPS, op)(*arguments, *SCORING, *TAIL[op])
+        dq, *_ = getattr(OPS, op)(*arguments, *SCORING, *TAIL[op])
         with pytest.raises(NotImplementedError, match="double backward is not supported"):
             dq.sum().backward()
     dout, dlse, _, _, _, out, lse = arguments
@@ -371,7 +377,7 @@ def test_deterministic_follows_torch() -> None:
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is OPS.fwd.default:
-                given.append(args[8])
+                given.append(args[-2])
             return func(*args, **(kwargs or {}))
 
     with Recorder():
@@ -431,7 +437,7 @@ def test_concurrent_calls() -> None:
 # --- the fallback's warning; a reason is what the compiled library passes on a GPU ---
 
 REASON = "sm90: no compiled kernel has softcap"
-FALLBACK = (*SCORING, REASON)
+FALLBACK = (*SCORING, False, REASON)
 
 
 def test_a_fallback_warns_once_for_each_reason() -> None:
@@ -440,9 +446,9 @@ def test_a_fallback_warns_once_for_each_reason() -> None:
         warnings.simplefilter("always")
         for _ in range(3):
             OPS.reference_fwd(q, k, v, *FALLBACK)[0].sum().backward()
-        OPS.reference_fwd(q, k, v, *SCORING, "sm90: another reason")
+        OPS.reference_fwd(q, k, v, *SCORING, False, "sm90: another reason")
         flash_ext.attention(q, k, v)
-        OPS.reference_fwd(q, k, v, *SCORING, "")
+        OPS.reference_fwd(q, k, v, *SCORING, False, "")
     texts = [str(w.message) for w in caught if w.category is flash_ext.FallbackWarning]
     assert texts == [
         f"attention (forward) runs on the reference backend: {REASON}",

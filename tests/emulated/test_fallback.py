@@ -71,7 +71,7 @@ def test_an_unavailable_backend_says_why(inputs: list[torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="backend 'sm90' cannot run this call; these can: reference"):
         flash_ext.attention(*inputs, backend="sm90")
     with pytest.raises(RuntimeError, match="backend 'sm90' cannot run this call; sm90: "):
-        torch.ops.flash_ext.fwd(*(t.detach() for t in inputs), 1.0, False, -1, -1, 0.0, False, "sm90")
+        torch.ops.flash_ext.fwd(*(t.detach() for t in inputs), *(None,) * 9, 1.0, False, -1, -1, 0.0, (), False, False, "sm90")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""What attention, attention_varlen and attention_partials have in common: check a Call, run the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import ops
+from .arguments import autocast, check_arguments
+from .call import Call
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, max_logit) of the op, differentiable. Raises what the public functions document."""
+    q, k, v = autocast(call.q, call.k, call.v)
+    if q is not call.q or k is not call.k or v is not call.v:
+        call = call._replace(q=q, k=k, v=v)
+    check_arguments(call)
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        _check_eager(call)
+    deterministic = call.deterministic
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    inputs = call.inputs()
+    fwd = torch.ops.flash_ext.fwd
+    if tracing:
+        return fwd(*inputs, call.return_max_logit, deterministic, call.backend)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+        or (call.sinks is not None and call.sinks.requires_grad)
+        or (call.k_bias is not None and call.k_bias.requires_grad)
+    ):  # fmt: skip
+        return ops.call(fwd, *inputs, call.return_max_logit, deterministic, call.backend)
+    # Nothing to differentiate: the Python layer of the op's autograd registration costs a third of a call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.call(fwd, *inputs, call.return_max_logit, deterministic, call.backend)
+
+
+def results(call: Call) -> Tensor | tuple[Tensor, ...]:
+    """run(call), as return_lse and return_max_logit ask for it."""
+    out, lse, max_logit = run(call)
+    if call.return_lse:
+        return (out, lse, max_logit) if call.return_max_logit else (out, lse)
+    return (out, max_logit) if call.return_max_logit else out
+
+
+def _check_eager(call: Call) -> None:
+    """What a trace cannot ask: the active torch.func transforms, and the planner about a backend asked for by name."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{call.function}: torch.func transforms (grad, vmap, jvp, ...) are not supported; use torch.autograd, or batch "
+            "through the batch dimension"
+        )
+    if forward_ad._current_level >= 0:
+        tensors = (t for t in call if isinstance(t, Tensor))
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{call.function}: forward-mode differentiation is not supported; use torch.autograd")
+    if call.backend is not None and call.backend != "reference":
+        from .dispatch import require_backend
+
+        require_backend(call)
