@@ -54,7 +54,8 @@ def attention_varlen(
         validate: check the values of these tensors on a GPU too, which waits for it. On a CPU they are always checked.
             Unchecked wrong values are clamped: they never read or write outside the tensors.
         k_bias: (num_heads_kv, total_k) float32. alibi_slopes: (num_heads) or (batch, num_heads) float32.
-        the other options: as flash_ext.attention.
+        causal, softmax_scale, window_size, softcap, sinks, return_lse, return_max_logit, deterministic, backend: as
+            flash_ext.attention.
 
     Returns:
         As flash_ext.attention, with out (total_q, num_heads, head_dim_v) and lse (num_heads, total_q).

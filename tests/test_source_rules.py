@@ -129,11 +129,22 @@ def test_public_names_have_docstrings(name: str) -> None:
         assert signature.return_annotation is not inspect.Signature.empty
 
 
-def test_the_signature_is_the_promised_one() -> None:
-    assert str(inspect.signature(flash_ext.attention)).startswith(
-        "(q: 'Tensor', k: 'Tensor', v: 'Tensor', *, causal: 'bool' = False, softmax_scale: 'float | None' = None, "
-        "window_size: 'tuple[int, int]' = (-1, -1), softcap: 'float' = 0.0, return_lse: 'bool' = False, "
+def test_the_signatures_are_the_promised_ones() -> None:
+    scores = "sinks: 'Tensor | None' = None, alibi_slopes: 'Tensor | None' = None, k_bias: 'Tensor | None' = None, "
+    options = (
+        "causal: 'bool' = False, softmax_scale: 'float | None' = None, window_size: 'tuple[int, int]' = (-1, -1), "
+        f"softcap: 'float' = 0.0, {scores}return_lse: 'bool' = False, return_max_logit: 'bool' = False, "
         "deterministic: 'bool | None' = None, backend: 'str | None' = None)"
+    )
+    qkv = "(q: 'Tensor', k: 'Tensor', v: 'Tensor', *, "
+    sequences = "cu_seqlens_q: 'Tensor', cu_seqlens_k: 'Tensor', " + "".join(
+        f"max_seqlen_{side}: 'int | Tensor | None' = None, " for side in "qk"
+    )
+    sequences += "".join(f"{name}_{side}: 'Tensor | None' = None, " for name in ("seqused", "leftpad") for side in "qk")
+    assert str(inspect.signature(flash_ext.attention)).startswith(qkv + options)
+    assert str(inspect.signature(flash_ext.attention_varlen)).startswith(f"{qkv}{sequences}validate: 'bool' = False, {options}")
+    assert str(inspect.signature(flash_ext.merge_attention)).startswith(
+        "(outs: 'Tensor | Sequence[Tensor]', lses: 'Tensor | Sequence[Tensor]', sinks: 'Tensor | None' = None)"
     )
 
 

@@ -16,8 +16,7 @@ TWO_BYTES = (torch.bfloat16, torch.float16)
 
 
 def planned(case: Case, dtype: torch.dtype) -> flash_ext.Explanation:
-    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in case.shapes.items() if name != "out"}
-    return flash_ext.explain(**tensors, device_info=f"{ARCH}:{env.EMULATE_SMS}", **case.options)
+    return flash_ext.explain(**cases.meta(case, dtype), device_info=f"{ARCH}:{env.EMULATE_SMS}")
 
 
 # (head_dim, head_dim_v) of the rows beside 64 and 128.
@@ -88,7 +87,7 @@ def test_every_block_of_every_row_is_executed(schedule) -> None:
     for case in COVERED.values():
         for dtype in TWO_BYTES:
             tensors = cases.build(case, "cpu", dtype)
-            flash_ext.attention(tensors.q, tensors.k, tensors.v, **case.options, backend=BACKEND)
+            cases.call(case, tensors, backend=BACKEND)
     missed = []
     for report in _emulator.reports():
         ptx = _emulator.kernel_ptx(report.kernel).splitlines()
@@ -110,9 +109,9 @@ def test_every_schedule_gives_the_same_bits(case: Case, num_sms: int, dtype: tor
     for name in ("plain", "late", "adversarial1", "adversarial2", "adversarial3"):
         schedule(name, sms=num_sms)
         with cases.poisoned_memory():
-            results.append(flash_ext.attention(tensors.q, tensors.k, tensors.v, **case.options, return_lse=True, backend=BACKEND))
-    for out, lse in results[1:]:
-        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+            results.append(cases.call(case, tensors, backend=BACKEND))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 @pytest.mark.parametrize("head_dim,head_dim_v", ((64, 64), (128, 128), *MORE_DIMS, (24, 24), (80, 88), (200, 72)))
