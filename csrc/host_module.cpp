@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "host/plan.h"
 
 namespace py = pybind11;
@@ -25,11 +27,27 @@ ScalarType dtype_from_name(const std::string& name) {
   throw std::invalid_argument("unknown dtype '" + name + "'");
 }
 
-// (sizes, strides, base_aligned)
-using PyLayout = std::tuple<std::array<int64_t, 4>, std::array<int64_t, 4>, bool>;
+// (sizes, strides, base_aligned), of (batch, seqlen, num_heads, head_dim), or packed of (total, num_heads, head_dim)
+using PyLayout = std::tuple<std::vector<int64_t>, std::vector<int64_t>, bool>;
 
-TensorLayout layout_from_python(const PyLayout& layout) {
-  return {.sizes = std::get<0>(layout), .strides = std::get<1>(layout), .base_aligned = std::get<2>(layout)};
+TensorLayout layout_from_python(const PyLayout& given) {
+  const auto& [sizes, strides, base_aligned] = given;
+  if (sizes.size() != strides.size() || sizes.size() < 3 || sizes.size() > 4) {
+    throw std::invalid_argument("a layout has 3 or 4 sizes and as many strides");
+  }
+  TensorLayout layout{.sizes = {1}, .base_aligned = base_aligned};
+  std::copy(sizes.begin(), sizes.end(), layout.sizes.end() - sizes.size());
+  std::copy(strides.begin(), strides.end(), layout.strides.end() - strides.size());
+  return layout;
+}
+
+const char* op_name(Op op) {
+  switch (op) {
+    case Op::k_fwd: return "fwd";
+    case Op::k_bwd: return "bwd";
+    case Op::k_bwd_preprocess: return "bwd_preprocess";
+    default: return "fill_unused";
+  }
 }
 
 py::dict plan_to_python(const FwdPlan& plan) {
@@ -42,26 +60,12 @@ py::dict plan_to_python(const FwdPlan& plan) {
                                 : std::make_pair(0, 0);
   result["grid"] = py::make_tuple(plan.grid[0], plan.grid[1], plan.grid[2]);
   result["num_splits"] = plan.num_splits;
+  result["heads_per_tile"] = plan.heads_per_tile;
   result["workspace_bytes"] = plan.workspace_bytes;
   result["copies"] = plan.copies;
   result["rejected"] = rejected;
   result["rejections_as_text"] = plan.rejections_as_text();
   return result;
-}
-
-FwdProblem problem_from_python(const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
-                               double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                               double softcap, const std::string& backend) {
-  return {.dtype = dtype_from_name(dtype),
-          .q = layout_from_python(q),
-          .k = layout_from_python(k),
-          .v = layout_from_python(v),
-          .causal = causal,
-          .window_left = window_left,
-          .window_right = causal ? 0 : window_right,
-          .softmax_scale = softmax_scale,
-          .softcap = softcap,
-          .backend = backend};
 }
 
 template <FwdPlan (*plan)(const FwdProblem&, const DeviceInfo&)>
@@ -70,14 +74,28 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       name,
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
          double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-         const std::string& backend) {
-        return plan_to_python(plan(problem_from_python(dtype, q, k, v, softmax_scale, causal, window_left, window_right,
-                                                       softcap, backend),
-                                   device_info_from_name(device)));
+         const std::string& backend, int64_t num_sequences, int64_t num_parts, bool sinks, bool alibi, bool k_bias) {
+        const FwdProblem problem{.dtype = dtype_from_name(dtype),
+                                 .q = layout_from_python(q),
+                                 .k = layout_from_python(k),
+                                 .v = layout_from_python(v),
+                                 .num_sequences = num_sequences,
+                                 .num_parts = num_parts,
+                                 .causal = causal,
+                                 .window_left = window_left,
+                                 .window_right = causal ? 0 : window_right,
+                                 .softmax_scale = softmax_scale,
+                                 .softcap = softcap,
+                                 .sinks = sinks,
+                                 .alibi = alibi,
+                                 .k_bias = k_bias,
+                                 .backend = backend};
+        return plan_to_python(plan(problem, device_info_from_name(device)));
       },
       doc, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"),
       py::arg("softmax_scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
-      py::arg("backend"));
+      py::arg("backend"), py::arg("num_sequences") = -1, py::arg("num_parts") = 0, py::arg("sinks") = false,
+      py::arg("alibi") = false, py::arg("k_bias") = false);
 }
 
 PYBIND11_MODULE(_host, m) {
@@ -91,7 +109,7 @@ PYBIND11_MODULE(_host, m) {
         for (const Variant& variant : variants()) {
           py::dict row;
           row["name"] = variant.name;
-          row["op"] = variant.op == Op::k_fwd ? "fwd" : "bwd_preprocess";
+          row["op"] = op_name(variant.op);
           row["arch"] = variant.arch;
           row["dtype"] = dtype_name(variant.dtype);
           row["head_dim"] = variant.head_dim;
@@ -111,7 +129,8 @@ PYBIND11_MODULE(_host, m) {
       },
       "(architecture, SMs, shared memory a CTA may opt in to) of a named device such as 'sm90:132'.", py::arg("name"));
 
-  bind_plan<plan_fwd>(m, "plan_fwd", "The plan of a forward call. Layouts are (sizes, strides in elements, base_aligned).");
+  bind_plan<plan_fwd>(m, "plan_fwd", "The plan of a forward call. Layouts are (sizes, strides in elements, base_aligned); num_sequences: of packed "
+                      "tensors, whose layouts have three dimensions; num_parts: of the keys, 0 without split_boundaries.");
   bind_plan<plan_bwd>(m, "plan_bwd", "The plan of a backward call; arguments as plan_fwd.");
 
   m.def(

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 
 CXX_ELEMENT = {"bf16": "__nv_bfloat16", "fp16": "__half"}
-CXX_SCALAR_TYPE = {"bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16"}
+CXX_SCALAR_TYPE = {"bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16", "f32": "ScalarType::kFloat32"}
 ARCHITECTURES = ("sm80", "sm90")
 
 
@@ -47,10 +47,20 @@ KERNELS = {
         )
         for arch in ARCHITECTURES
     },
+    **{
+        ("fill_unused", arch): Kernel(
+            "fill_unused", "common/fill_unused.cuh", "FillUnusedParams", "fill_unused", "launch_fill_unused"
+        )
+        for arch in ARCHITECTURES
+    },
 }
 
 # One look-up function for each op in host/launchers.h: op -> (type of the launcher, params).
-LAUNCHERS = {"fwd": ("FwdLauncher", "FwdParams"), "bwd_preprocess": ("BwdPreprocessLauncher", "BwdPreprocessParams")}
+LAUNCHERS = {
+    "fwd": ("FwdLauncher", "FwdParams"),
+    "bwd_preprocess": ("BwdPreprocessLauncher", "BwdPreprocessParams"),
+    "fill_unused": ("FillUnusedLauncher", "FillUnusedParams"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ class Variant:
 
     arch is the group whose compiler flags the row is built with, and the lowest architecture that runs it: sm80 (SASS of
     the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only).
-    head_dim and head_dim_v are the largest that the row covers; smaller multiples of 8 run on it too. mask is the policy, '' where
-    there is none. block_m and block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the
+    head_dim and head_dim_v are the largest that the row covers (0 where there are none); smaller multiples of 8 run on it too. mask
+    is the policy, '' where there is none; scored: with the modified score (softcap, ALiBi, key bias). block_m and block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the
     C++ type that the kernel template is instantiated with.
     """
 
@@ -73,17 +83,20 @@ class Variant:
     block_m: int
     block_n: int
     config: str
+    scored: bool = False
 
     @property
     def name(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
-        return "_".join(filter(None, (self.op, self.arch, self.dtype, dims, self.mask)))
+        parts = (self.op, self.arch, self.dtype, dims if self.head_dim else "", self.mask, "scored" if self.scored else "")
+        return "_".join(filter(None, parts))
 
     @property
     def unit(self) -> str:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
-        large = self.op == "fwd" and self.head_dim > 128
-        return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * large
+        if self.op != "fwd":
+            return f"small_{self.arch}_{self.dtype}" if self.dtype != "f32" else f"small_{self.arch}_bf16"
+        return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored
 
     @property
     def kernel(self) -> Kernel:
@@ -94,18 +107,25 @@ class Variant:
 FWD_SM90_TILES = {
     (64, 64, "full"): (192, 128),
     (64, 64, "causal"): (192, 128),
+    (64, 64, "local"): (192, 128),
     (96, 96, "full"): (128, 176),
     (96, 96, "causal"): (128, 128),
+    (96, 96, "local"): (128, 128),
     (128, 128, "full"): (128, 176),
     (128, 128, "causal"): (128, 128),
+    (128, 128, "local"): (128, 128),
     (192, 128, "full"): (128, 128),
     (192, 128, "causal"): (128, 128),
+    (192, 128, "local"): (128, 128),
     (192, 192, "full"): (128, 112),
     (192, 192, "causal"): (128, 112),
+    (192, 192, "local"): (128, 112),
     (256, 256, "full"): (128, 80),
     (256, 256, "causal"): (128, 80),
+    (256, 256, "local"): (128, 80),
 }
-CXX_MASK = {"full": "FullMask", "causal": "CausalMask"}
+CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask"}
+CXX_SCORE = {False: "PlainScore", True: "ModifiedScore"}
 
 
 def _fwd_sm90() -> list[Variant]:
@@ -119,10 +139,13 @@ def _fwd_sm90() -> list[Variant]:
             mask=mask,
             block_m=tile[0],
             block_n=tile[1],
-            config=f"sm90::FwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, flash_ext::{CXX_MASK[mask]}>",
+            config=f"sm90::FwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, flash_ext::{CXX_MASK[mask]}, "
+            f"flash_ext::{CXX_SCORE[scored]}>",
+            scored=scored,
         )
         for dtype in ("bf16", "fp16")
         for (head_dim, head_dim_v, mask), tile in FWD_SM90_TILES.items()
+        for scored in ((False, True) if mask == "local" else (False,))
     ]
 
 
@@ -143,7 +166,17 @@ def _bwd_preprocess() -> list[Variant]:
     ]
 
 
-VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_bwd_preprocess())
+def _fill_unused() -> list[Variant]:
+    return [
+        Variant(
+            op="fill_unused", arch=arch, dtype="f32", head_dim=0, head_dim_v=0, mask="", block_m=128, block_n=0,
+            config="FillUnusedConfig",
+        )
+        for arch in ARCHITECTURES
+    ]  # fmt: skip
+
+
+VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_bwd_preprocess(), *_fill_unused())
 
 
 def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:
@@ -190,7 +223,7 @@ def table_source(rows: list[Variant]) -> str:
     """The rows as data, for the planner: no CUDA, so that it compiles anywhere."""
     entries = [
         f'    {{"{r.name}", Op::k_{r.op}, {r.arch[2:]}, {CXX_SCALAR_TYPE[r.dtype]}, {r.head_dim}, {r.head_dim_v}, '
-        f"Mask::k_{r.mask or 'none'}, {r.block_m}, {r.block_n}}},"
+        f"Mask::k_{r.mask or 'none'}, Score::k_{'modified' if r.scored else 'plain'}, {r.block_m}, {r.block_n}}},"
         for r in rows
     ]
     return (

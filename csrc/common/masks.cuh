@@ -3,6 +3,8 @@
 // keys element by element. rows_begin and rows_end are the inverse: the query positions that see a key.
 #pragma once
 
+#include <type_traits>
+
 #include "common/fragment.cuh"
 #include "common/math.cuh"
 #include "common/seqlens.cuh"
@@ -60,13 +62,35 @@ struct LocalMask {
   }
 };
 
-#ifdef __CUDACC__
-// Scores of hidden keys become -inf. visible_end: of the thread's two rows, less the column of its first accumulator.
+// The accumulators of one row of a thread's fragment (fragment.cuh) whose columns are in [begin, end), columns counted from
+// the thread's first: bit p for the p-th of the row. Hiding keys then tests bits instead of comparing columns.
 template <int kNumAcc>
-__device__ __forceinline__ void hide_keys(float (&acc_s)[kNumAcc], const int (&visible_end)[2]) {
+struct RowBits {
+  using Word = std::conditional_t<(kNumAcc / 2 > 32), uint64_t, uint32_t>;
+  static_assert(kNumAcc / 2 <= 64, "two words of bits at most");
+
+  // Columns come in pairs, eight apart.
+  FX_HOST_DEVICE static constexpr int num_before(int column) {
+    const int inside = clamp(column, 0, 2 * kNumAcc);
+    return 2 * (inside / 8) + min_of(inside % 8, 2);
+  }
+  FX_HOST_DEVICE static constexpr Word first(int count) {
+    if constexpr (kNumAcc / 2 == 64) {
+      if (count >= 64) return ~Word{0};
+    }
+    return static_cast<Word>((uint64_t{1} << count) - 1);
+  }
+  FX_HOST_DEVICE static constexpr Word before(int end) { return first(num_before(end)); }
+  FX_HOST_DEVICE static constexpr Word between(int begin, int end) { return before(end) & ~before(begin); }
+};
+
+#ifdef __CUDACC__
+// Scores of hidden keys become -inf. visible: of the thread's two rows.
+template <int kNumAcc>
+__device__ __forceinline__ void hide_keys(float (&acc_s)[kNumAcc], const typename RowBits<kNumAcc>::Word (&visible)[2]) {
 #pragma unroll
   for (int i = 0; i < kNumAcc; ++i) {
-    if (acc_col_offset(i) >= visible_end[acc_half(i)]) acc_s[i] = -INFINITY;
+    if ((visible[acc_half(i)] >> acc_position(i) & 1) == 0) acc_s[i] = -INFINITY;
   }
 }
 #endif

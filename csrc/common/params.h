@@ -22,15 +22,17 @@ struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 
-// A (batch, rows, heads, columns) tensor as TMA sees it. Expanded heads or batches (stride 0) have extent 1 in the map
-// and step 0: coordinates are index * step.
+// A (batch, rows, heads, columns) tensor as TMA sees it, see host/tma.h. Expanded heads or batches (stride 0) have extent 1
+// in the map and step 0: coordinates are index * step.
 struct TmaTensor {
   TensorMap map;
   int head_step;
   int batch_step;
+  int ragged_rows;  // rows of a copy that ends where a sequence ends, as if nothing came behind it; 0: where the tensor ends
 };
 
 constexpr int kMaxSplits = 64;
+constexpr int kMaxHeadsPerTile = 64;  // divides the rows of every tile
 
 // What forward and backward share.
 struct AttentionParams {
@@ -58,11 +60,26 @@ struct FwdParams : AttentionParams {
   int64_t out_split_stride, lse_split_stride;
   int num_splits;                           // parts of the keys with results of their own; 1: the whole
   int split_boundaries[kMaxSplits + 1];     // part p: key positions [p, p + 1) of these; unused where num_splits is 1
-  int heads_per_tile;                       // query heads of one KV head that share a tile's rows: 1, or all of them (packed GQA)
+  int heads_per_tile;                       // query heads of one KV head that share a tile's rows: a power of two, 1 to kMaxHeadsPerTile
   int num_ctas;                             // grid of a persistent kernel
   // The kernel's launcher fills these in.
   TmaTensor q_tma, k_tma, v_tma;
   Schedule schedule;
+};
+
+// Rows that no sequence shows get a value: those of results that the kernels, going sequence by sequence, never write.
+struct FillUnusedParams {
+  struct Target {
+    uint32_t* data;      // (batch, rows, heads, words) or packed (rows, heads, words), words of 32 bits contiguous
+    RowStrides strides;  // in words; batch: 0 when packed
+    int heads;
+    int words;
+    uint32_t value;
+  };
+  SeqlenParams seqlens;  // of the rows
+  int batch;             // number of sequences
+  int num_targets;
+  Target targets[3];
 };
 
 // Row statistics of the backward are padded so that whole tiles of them can be copied in bulk.

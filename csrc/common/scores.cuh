@@ -4,7 +4,9 @@
 
 #include <cfloat>
 
+#include "common/fragment.cuh"
 #include "common/math.cuh"
+#include "common/seqlens.cuh"
 
 namespace flash_ext {
 
@@ -38,17 +40,6 @@ FX_HOST_DEVICE constexpr FoldedScale fold_scale(float softmax_scale) {
   return {log2_scale, 0xffffffffu, softmax_scale < 0 ? 0x80008000u : 0};
 }
 
-// The scale alone.
-struct PlainScore {
-  static constexpr bool kModifies = false;
-};
-
-// Every modification, each switched on by its number: branches that a whole warp takes alike, once for each tile. Scores
-// leave in log2 units, so that the softmax's own scale is 1.
-struct ModifiedScore {
-  static constexpr bool kModifies = true;
-};
-
 #ifdef __CUDACC__
 // tanh to float32 accuracy in two MUFU; tanh.approx would leave 2^-11 of the cap, percents of a weight.
 __device__ __forceinline__ float accurate_tanh(float x) {
@@ -64,6 +55,136 @@ struct Softcap {
   __device__ __forceinline__ explicit Softcap(const ScoreParams& params)
       : inner(params.softmax_scale / params.softcap), outer(params.softcap * kLog2e) {}
   __device__ __forceinline__ float tanh_of(float qk) const { return accurate_tanh(inner * qk); }
+};
+
+// The modifications of one element, in the order of their use; log2 units. What forward and backward share.
+struct ScoreNumbers {
+  float scale;      // softmax_scale * log2(e), of any sign
+  bool has_softcap, has_alibi, has_bias;
+  Softcap softcap;  // used only with has_softcap
+
+  __device__ __forceinline__ explicit ScoreNumbers(const ScoreParams& params)
+      : scale(params.softmax_scale * kLog2e),
+        has_softcap(params.softcap > 0.f),
+        has_alibi(params.alibi_slopes != nullptr),
+        has_bias(params.k_bias != nullptr),
+        softcap(params) {}
+
+  __device__ __forceinline__ float scaled(float qk) const { return qk * scale; }
+  __device__ __forceinline__ float capped(float qk) const { return softcap.outer * softcap.tanh_of(qk); }
+  // distance: query position + diagonal - key position, exact up to 2^24. slope: log2 units.
+  __device__ __forceinline__ static float with_alibi(float score, float slope, float distance) {
+    return fmaf(-slope, fabsf(distance), score);
+  }
+};
+
+// Slope of a query head in log2 units; 0 without ALiBi.
+__device__ __forceinline__ float alibi_slope(const ScoreParams& params, int batch, int head) {
+  if (params.alibi_slopes == nullptr) return 0.f;
+  return params.alibi_slopes[batch * params.alibi_batch_stride + head] * kLog2e;
+}
+
+// The bias of a sequence's key at position 0, for one KV head; null without bias. batch: that of the keys' RowRange.
+__device__ __forceinline__ const float* first_bias(const ScoreParams& params, int batch, int head_kv, int first_row) {
+  if (params.k_bias == nullptr) return nullptr;
+  return params.k_bias + batch * params.k_bias_batch_stride + head_kv * params.k_bias_head_stride + first_row;
+}
+
+// The bias of a tile of keys, spread over a warp: lane l loads that of keys l, l + 32, ... Loaded early, it costs few
+// registers while the product runs; the lanes then fetch from one another what their columns need.
+template <int kBlockN>
+struct WarpBias {
+  float values[ceil_div(kBlockN, 32)];
+
+  // bias: of the tile's first key; keys from num_keys on, counted from there, do not exist.
+  __device__ __forceinline__ void load(const float* bias, int num_keys, int lane) {
+#pragma unroll
+    for (int part = 0; part < ceil_div(kBlockN, 32); ++part) {
+      const int key = 32 * part + lane;
+      values[part] = key < num_keys ? __ldg(bias + key) * kLog2e : 0.f;
+    }
+  }
+  // Of the columns of one accumulator of the fragment (fragment.cuh), whose offset is a constant after unrolling.
+  __device__ __forceinline__ float of_column(int offset, int lane) const {
+    return __shfl_sync(0xffffffffu, values[offset / 32], (offset + acc_first_col(lane)) % 32);
+  }
+};
+
+// ---- score policies: a thread's two rows of a tile of queries ----
+
+// The scale alone, which the softmax folds into its exponent.
+struct PlainScore {
+  static constexpr bool kModifies = false;
+  template <int kBlockN>
+  struct Tile {};
+  __device__ __forceinline__ PlainScore(const ScoreParams&, const RowRange&, int, int, const int (&)[2]) {}
+  template <int kBlockN>
+  __device__ __forceinline__ Tile<kBlockN> load_tile(const RowRange&, int, int) const {
+    return {};
+  }
+  template <int kBlockN, int kNumAcc>
+  __device__ __forceinline__ void modify(float (&)[kNumAcc], const Tile<kBlockN>&, const int (&)[2], int) const {}
+};
+
+// Every modification, each switched on by its number: branches that a whole warp takes alike, once for each tile. Scores
+// leave in log2 units, so that the softmax's own scale is 1.
+struct ModifiedScore {
+  static constexpr bool kModifies = true;
+  template <int kBlockN>
+  using Tile = WarpBias<kBlockN>;
+
+  ScoreNumbers numbers;
+  const float* bias;  // of key position 0
+  float slopes[2];    // of the thread's rows
+
+  // heads: query heads of the thread's rows. batch: number of the sequence.
+  __device__ __forceinline__ ModifiedScore(const ScoreParams& params, const RowRange& keys, int batch, int head_kv,
+                                           const int (&heads)[2])
+      : numbers(params),
+        bias(first_bias(params, keys.batch, head_kv, keys.first_row)),
+        slopes{alibi_slope(params, batch, heads[0]), alibi_slope(params, batch, heads[1])} {}
+
+  template <int kBlockN>
+  __device__ __forceinline__ Tile<kBlockN> load_tile(const RowRange& keys, int n_block, int lane) const {
+    Tile<kBlockN> tile;
+    if (numbers.has_bias) {
+      tile.load(bias + n_block * kBlockN, keys.num_rows - n_block * kBlockN, lane);
+    } else {
+#pragma unroll
+      for (float& value : tile.values) value = 0.f;
+    }
+    return tile;
+  }
+
+  // distance: of the thread's rows to the column of its first accumulator.
+  template <int kBlockN, int kNumAcc>
+  __device__ __forceinline__ void modify(float (&acc_s)[kNumAcc], const Tile<kBlockN>& tile, const int (&distance)[2],
+                                         int lane) const {
+    if (numbers.has_softcap) {
+#pragma unroll
+      for (float& score : acc_s) score = numbers.capped(score);
+    } else {
+#pragma unroll
+      for (float& score : acc_s) score = numbers.scaled(score);
+    }
+    if (numbers.has_alibi) {
+      const float from[2] = {static_cast<float>(distance[0]), static_cast<float>(distance[1])};
+#pragma unroll
+      for (int i = 0; i < kNumAcc; ++i) {
+        const int half = acc_half(i);
+        acc_s[i] = ScoreNumbers::with_alibi(acc_s[i], slopes[half], from[half] - static_cast<float>(acc_col_offset(i)));
+      }
+    }
+    if (numbers.has_bias) {
+#pragma unroll
+      for (int i = 0; i < kNumAcc; ++i) {
+        if (acc_half(i) != 0) continue;
+        const float of_key = tile.of_column(acc_col_offset(i), lane);
+        acc_s[i] += of_key;
+        acc_s[i + 2] += of_key;
+      }
+    }
+  }
 };
 #endif
 

@@ -79,4 +79,22 @@ FX_HOST_DEVICE constexpr SequenceBlock block_at_slot(const SeqlenParams& params,
   return {low, slot - first_slot(params, low, block)};
 }
 
+#ifdef __CUDACC__
+// The same by a whole warp, which must have converged: 32 probes at a time, one round of loads for up to 33 sequences. From
+// garbage each warp that asks draws the same conclusion, so that roles of a CTA never disagree.
+__device__ __forceinline__ SequenceBlock warp_block_at_slot(const SeqlenParams& params, int batch, int block, int slot,
+                                                            int lane) {
+  int low = 0, high = batch;
+  while (high - low > 1) {
+    const int stride = ceil_div(high - low - 1, 32);
+    const int probe = low + (lane + 1) * stride;
+    const bool at_or_after = probe < high && first_slot(params, probe, block) <= slot;
+    const int count = __popc(__ballot_sync(0xffffffffu, at_or_after));
+    low += count * stride;
+    high = min_of(high, low + stride);
+  }
+  return {low, slot - first_slot(params, low, block)};
+}
+#endif
+
 }  // namespace flash_ext

@@ -14,23 +14,22 @@
 
 namespace flash_ext {
 
-std::tuple<Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
-                                       Tensor out, Tensor lse, double softmax_scale, bool causal, int64_t window_left,
-                                       int64_t window_right, double softcap, bool deterministic,
-                                       std::optional<std::string> backend) {
-  const FwdProblem problem =
-      fwd_problem_from_tensors(q, k, v, softmax_scale, causal, window_left, window_right, softcap, std::nullopt);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q,
+                                                       Tensor k, Tensor v, Tensor out, Tensor lse, FX_INPUT_PARAMETERS,
+                                                       bool deterministic, int64_t wanted,
+                                                       std::optional<std::string> backend) {
+  const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
+  const FwdProblem problem = problem_from_inputs(inputs, std::nullopt);
   const FwdPlan plan = plan_bwd(problem, device_info_of(q));
 
   const std::string reason = backend == "reference" ? "" : plan.rejections_as_text();
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  std::vector<StableIValue> stack{from(dout),           from(dlse),         from(q),       from(k),
-                                  from(v),            from(out),          from(lse),     from(softmax_scale),
-                                  from(causal),       from(window_left),  from(window_right), from(softcap),
-                                  from(deterministic), from(reason)};
+  std::vector<StableIValue> stack{from(dout), from(dlse), from(q), from(k), from(v), from(out), from(lse)};
+  push_inputs(&stack, inputs);
+  for (const StableIValue value : {from(deterministic), from(wanted), from(reason)}) stack.push_back(value);
   call_op("flash_ext::reference_bwd", stack.data());
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]), to<Tensor>(stack[4])};
 }
 
 std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, std::optional<Tensor> dlse) {

@@ -6,19 +6,30 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace flash_ext {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, double softmax_scale, bool causal, int64_t window_left,
-                               int64_t window_right, double softcap, bool deterministic,
-                               std::optional<std::string> backend);
+// The arguments of every attention op from cu_seqlens_q to split_boundaries, and the names in the same order.
+#define FX_INPUT_PARAMETERS                                                                                                \
+  std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,                 \
+      std::optional<Tensor> seqused_k, std::optional<Tensor> leftpad_q, std::optional<Tensor> leftpad_k,                   \
+      std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, std::optional<Tensor> k_bias, double softmax_scale, \
+      bool causal, int64_t window_left, int64_t window_right, double softcap, std::vector<int64_t> split_boundaries
+#define FX_INPUT_NAMES                                                                                            \
+  cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_q, leftpad_k, sinks, alibi_slopes, k_bias, softmax_scale, \
+      causal, window_left, window_right, softcap, split_boundaries
 
-std::tuple<Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
-                                       Tensor out, Tensor lse, double softmax_scale, bool causal, int64_t window_left,
-                                       int64_t window_right, double softcap, bool deterministic,
-                                       std::optional<std::string> backend);
+// out, lse, max_logit
+std::tuple<Tensor, Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, FX_INPUT_PARAMETERS, bool return_max_logit,
+                                       bool deterministic, std::optional<std::string> backend);
+
+// dq, dk, dv, dsinks, dk_bias
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q,
+                                                       Tensor k, Tensor v, Tensor out, Tensor lse, FX_INPUT_PARAMETERS,
+                                                       bool deterministic, int64_t wanted, std::optional<std::string> backend);
 
 std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, std::optional<Tensor> dlse);
 

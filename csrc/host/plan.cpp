@@ -5,6 +5,10 @@
 #include <charconv>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
+
+#include "common/params.h"
 
 namespace flash_ext {
 namespace {
@@ -38,27 +42,37 @@ bool device_runs(const DeviceInfo& device, int arch) {
   return arch == 90 ? device.arch == 90 : device.arch >= arch;
 }
 
-// The mask that the options come to, or k_none when no mask policy expresses them. Sides that hide no key are unbounded,
-// and an unbounded left side with right = 0 is the causal mask.
+// The least general mask that the options come to. Sides that hide no key are unbounded, and an unbounded left side with
+// right = 0 is the causal mask. Lengths of packed sequences are not known, only that of all together.
 Mask mask_of(const FwdProblem& problem) {
   const bool left = problem.window_left >= 0 && problem.window_left < problem.seqlen_k() - 1;
   const bool right = problem.window_right >= 0 && problem.window_right < problem.seqlen_q() - 1;
-  if (left) return Mask::k_none;
+  if (left) return Mask::k_local;
   if (!right) return Mask::k_full;
-  return problem.window_right == 0 ? Mask::k_causal : Mask::k_none;
+  return problem.window_right == 0 ? Mask::k_causal : Mask::k_local;
 }
+
+Score score_of(const FwdProblem& problem) {
+  return problem.softcap > 0 || problem.alibi || problem.k_bias ? Score::k_modified : Score::k_plain;
+}
+
+// What a call asks of a row. A more general row can stand in: of mask and score, never of the dtype.
+struct Wanted {
+  Mask mask;
+  Score score;
+};
 
 // What of the problem a row does not cover, as bits: a plan is made at every call, its words only where somebody asks.
-enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kSoftcap = 8 };
+enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kScore = 8 };
 
-unsigned mismatches(const Variant& row, const FwdProblem& problem, Mask mask) {
+unsigned mismatches(const Variant& row, const FwdProblem& problem, const Wanted& wanted) {
   const auto covers = [](int largest, int64_t dim) { return dim <= largest && dim % 8 == 0; };
   const bool dims = covers(row.head_dim, problem.head_dim()) && covers(row.head_dim_v, problem.head_dim_v());
-  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (row.mask != mask) |
-         kSoftcap * (problem.softcap > 0);
+  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (row.mask < wanted.mask) |
+         kScore * (row.score < wanted.score);
 }
 
-std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, Mask mask) {
+std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, const Wanted& wanted) {
   std::vector<std::string> reasons;
   if (mismatch & kDtype) reasons.push_back(std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
   if (mismatch & kHeadDim) {
@@ -68,41 +82,79 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
                       (dim % 8 != 0 || dim_v % 8 != 0 ? ": they must be multiples of 8" : ""));
   }
   if (mismatch & kMask) {
-    reasons.push_back(mask == Mask::k_none ? "no compiled kernel has window_size (" + std::to_string(problem.window_left) +
-                                                 ", " + std::to_string(problem.window_right) + ")"
-                                           : std::string("no compiled kernel has the ") +
-                                                 (mask == Mask::k_full ? "full" : "causal") + " mask");
+    reasons.push_back(wanted.mask == Mask::k_local
+                          ? "no compiled kernel has window_size (" + std::to_string(problem.window_left) + ", " +
+                                std::to_string(problem.window_right) + ")"
+                          : std::string("no compiled kernel has the ") +
+                                (wanted.mask == Mask::k_full ? "full" : "causal") + " mask");
   }
-  if (mismatch & kSoftcap) reasons.push_back("no compiled kernel has softcap");
+  if (mismatch & kScore) {
+    std::string what;
+    for (const auto& [asked, name] : {std::pair(problem.softcap > 0, "softcap"), std::pair(problem.alibi, "alibi_slopes"),
+                                      std::pair(problem.k_bias, "k_bias")}) {
+      if (asked) what += (what.empty() ? "" : " or ") + std::string(name);
+    }
+    reasons.push_back("no compiled kernel has " + what);
+  }
   return reasons;
+}
+
+// Whether row a does less work than row b: fewer columns first, then the less general score and mask.
+bool is_smaller(const Variant& a, const Variant& b) {
+  const auto cost = [](const Variant& row) {
+    return std::tuple(row.head_dim + row.head_dim_v, static_cast<int>(row.score), static_cast<int>(row.mask));
+  };
+  return cost(a) < cost(b);
 }
 
 // The row of this backend that covers the problem with the least work, or the reasons against the one that comes closest.
 const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& problem, const char* direction,
                         std::vector<std::string>* reasons) {
-  const Mask mask = mask_of(problem);
+  const Wanted wanted{mask_of(problem), score_of(problem)};
   const Variant* smallest = nullptr;
   std::optional<unsigned> closest;
   for (const Variant& row : variants()) {
     if (row.op != op || row.arch != backend.arch) continue;
-    const unsigned mismatch = mismatches(row, problem, mask);
-    if (mismatch == 0 && (smallest == nullptr || row.head_dim + row.head_dim_v < smallest->head_dim + smallest->head_dim_v)) {
-      smallest = &row;
-    }
+    const unsigned mismatch = mismatches(row, problem, wanted);
+    if (mismatch == 0 && (smallest == nullptr || is_smaller(row, *smallest))) smallest = &row;
     if (!closest || std::popcount(mismatch) < std::popcount(*closest)) closest = mismatch;
   }
   if (smallest != nullptr) return smallest;
   if (closest) {
-    *reasons = describe(*closest, problem, mask);
+    *reasons = describe(*closest, problem, wanted);
   } else {
     *reasons = {std::string("this build has no ") + direction + " kernel for " + backend.name};
   }
   return nullptr;
 }
 
+// Query heads of one KV head that share a tile ("packed GQA"): all of them, rounded up to a power of two, where that leaves
+// at most three quarters of the tiles. One head a tile otherwise: its rows are copied and stored in larger pieces. Not measured.
+int heads_per_tile(const FwdProblem& problem, const Variant& row) {
+  if (problem.num_heads_kv() == 0 || problem.batch() == 0) return 1;
+  const int64_t group = problem.num_heads() / problem.num_heads_kv();
+  if (group <= 1 || problem.q.strides[2] == 0) return 1;  // expanded heads: the copy engine gets one of them
+  const int64_t heads = std::min<int64_t>(std::bit_ceil(static_cast<uint64_t>(group)), kMaxHeadsPerTile);
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t rows = problem.packed() ? ceil(problem.seqlen_q(), problem.batch()) : problem.seqlen_q();
+  const int64_t unpacked = group * ceil(rows, row.block_m), packed = ceil(group, heads) * ceil(rows, row.block_m / heads);
+  return 4 * packed <= 3 * unpacked ? static_cast<int>(heads) : 1;
+}
+
+// Work items of a call whose tiles hold so many positions, as the kernels' schedule counts them.
+int64_t num_items(const FwdProblem& problem, int64_t positions, int64_t heads_per_tile) {
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t heads = problem.num_heads_kv() == 0
+                            ? 0
+                            : problem.num_heads_kv() * ceil(problem.num_heads() / problem.num_heads_kv(), heads_per_tile);
+  if (problem.packed()) return heads * (problem.seqlen_q() / positions + problem.batch());
+  return heads * ceil(problem.seqlen_q(), positions) * problem.batch() * std::max<int64_t>(problem.num_parts, 1);
+}
+
 void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device) {
-  const int64_t m_blocks = (problem.seqlen_q() + plan->variant->block_m - 1) / plan->variant->block_m;
-  const int64_t items = m_blocks * problem.num_heads() * problem.batch();
+  plan->heads_per_tile = heads_per_tile(problem, *plan->variant);
+  plan->num_splits = static_cast<int>(std::max<int64_t>(1, problem.num_parts));
+  const int64_t items = num_items(problem, plan->variant->block_m / plan->heads_per_tile, plan->heads_per_tile);
   plan->grid = {std::max<int64_t>(1, std::min<int64_t>(device.num_sms, items)), 1, 1};  // persistent: a CTA an SM
   const std::pair<const char*, const TensorLayout*> inputs[] = {{"q", &problem.q}, {"k", &problem.k}, {"v", &problem.v}};
   for (const auto& [name, layout] : inputs) {
@@ -119,8 +171,8 @@ void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& dev
 constexpr int64_t kMaxItems = (int64_t{1} << 30) - 512;
 
 bool sizes_fit(const FwdProblem& problem) {
-  return problem.batch() * problem.num_heads() * (problem.seqlen_q() / 64 + 1) < kMaxItems &&
-         problem.seqlen_q() < kMaxItems && problem.seqlen_k() < kMaxItems;
+  constexpr int kFewestRows = 64;  // of a tile
+  return num_items(problem, kFewestRows, 1) < kMaxItems && problem.seqlen_q() < kMaxItems && problem.seqlen_k() < kMaxItems;
 }
 
 FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op op, const char* direction) {
@@ -207,6 +259,16 @@ FwdPlan plan_fwd(const FwdProblem& problem, const DeviceInfo& device) {
 
 FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device) {
   return plan_attention(problem, device, Op::k_bwd, "backward");
+}
+
+const Variant* plan_fill_unused(const DeviceInfo& device) {
+  for (const KernelBackend& backend : kKernelBackends) {
+    if (!device_runs(device, backend.arch)) continue;
+    for (const Variant& variant : variants()) {
+      if (variant.op == Op::k_fill_unused && variant.arch == backend.arch) return &variant;
+    }
+  }
+  return nullptr;
 }
 
 const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device) {

@@ -21,7 +21,8 @@ struct FwdPlan {
   std::string backend;               // "sm90", "sm80" or "reference"; empty when the backend asked for cannot run
   const Variant* variant = nullptr;  // null for the reference
   std::array<int64_t, 3> grid{};     // zero for the reference
-  int num_splits = 1;
+  int num_splits = 1;                // parts of the keys that different items work on
+  int heads_per_tile = 1;            // query heads of one KV head that share a tile of queries
   int64_t workspace_bytes = 0;
   std::vector<std::string> copies;  // tensors copied because 16-byte accesses cannot read them where they lie
   std::vector<Rejection> rejected;  // every other candidate, in the order tried
@@ -34,6 +35,9 @@ FwdPlan plan_fwd(const FwdProblem& problem, const DeviceInfo& device);
 
 // The same question for the backward: today every gradient comes from the reference.
 FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device);
+
+// The kernel that gives rows of no sequence their value, or null when this build or device has none.
+const Variant* plan_fill_unused(const DeviceInfo& device);
 
 // The variant of the backward's first step, or null when this build or device has none.
 const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device);

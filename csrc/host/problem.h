@@ -18,16 +18,20 @@ struct TensorLayout {
 
 struct FwdProblem {
   ScalarType dtype{};
-  TensorLayout q, k, v;
+  TensorLayout q, k, v;         // packed sequences: batch 1
+  int64_t num_sequences = -1;   // of a packed batch; -1: not packed
+  int64_t num_parts = 0;        // parts of the keys with results of their own; 0: the whole, without that dimension
   bool causal = false;
   int64_t window_left = -1;   // -1: unbounded
   int64_t window_right = -1;  // -1: unbounded
   double softmax_scale = 1.0;
   double softcap = 0.0;  // 0: off
+  bool sinks = false, alibi = false, k_bias = false;
   std::string backend;   // empty: the planner chooses
 
-  int64_t batch() const { return q.sizes[0]; }
-  int64_t seqlen_q() const { return q.sizes[1]; }
+  bool packed() const { return num_sequences >= 0; }
+  int64_t batch() const { return packed() ? num_sequences : q.sizes[0]; }
+  int64_t seqlen_q() const { return q.sizes[1]; }  // packed: of all sequences
   int64_t seqlen_k() const { return k.sizes[1]; }
   int64_t num_heads() const { return q.sizes[2]; }
   int64_t num_heads_kv() const { return k.sizes[2]; }

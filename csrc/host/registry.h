@@ -10,9 +10,13 @@ namespace flash_ext {
 
 enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess };
+enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess, k_fill_unused };
 
-enum class Mask : uint8_t { k_none, k_full, k_causal };
+// In the order of generality: a mask can stand in for every one before it.
+enum class Mask : uint8_t { k_none, k_full, k_causal, k_local };
+
+// A modified score can stand in for a plain one.
+enum class Score : uint8_t { k_plain, k_modified };
 
 // A row of csrc/variants.py, where each column is explained.
 struct Variant {
@@ -23,6 +27,7 @@ struct Variant {
   int head_dim;    // the largest it covers; smaller multiples of 8 too
   int head_dim_v;  // the same
   Mask mask;
+  Score score;
   int block_m;
   int block_n;
 };

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/params.h"
 #include "host/device.h"
@@ -17,14 +18,34 @@ namespace flash_ext {
 
 using torch::stable::Tensor;
 
-TensorLayout layout_of(const Tensor& tensor);
+// What the ops get beside q, k and v, in the order of the schemas in flash_ext/ops.py, where shapes are told.
+struct AttentionInputs {
+  Tensor q, k, v;
+  std::optional<Tensor> cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_q, leftpad_k;
+  std::optional<Tensor> sinks, alibi_slopes, k_bias;
+  double softmax_scale;
+  bool causal;
+  int64_t window_left, window_right;
+  double softcap;
+  std::vector<int64_t> split_boundaries;
+};
+
+TensorLayout layout_of(const Tensor& tensor);  // packed (total, num_heads, head_dim): as a batch of 1
 ScalarType scalar_type_of(const Tensor& tensor);
-RowStrides row_strides_of(const Tensor& tensor);  // (batch, seqlen, num_heads, head_dim)
+RowStrides row_strides_of(const Tensor& tensor);  // (batch, seqlen, num_heads, head_dim), or packed: batch 0
 
 // Repeats only what memory safety needs; flash_ext/arguments.py has told the user everything else.
-FwdProblem fwd_problem_from_tensors(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, bool causal,
-                                    int64_t window_left, int64_t window_right, double softcap,
-                                    const std::optional<std::string>& backend);
+FwdProblem problem_from_inputs(const AttentionInputs& inputs, const std::optional<std::string>& backend);
+
+// The params that forward and backward share. q, k and v: the tensors that the kernels read, see with_aligned_rows.
+void fill_attention_params(AttentionParams* params, const AttentionInputs& inputs, const FwdProblem& problem, const Tensor& q,
+                           const Tensor& k, const Tensor& v);
+
+// Registers the tensors that params point to beside q, k and v.
+void add_inputs(const class OpMemory& memory, const AttentionInputs& inputs);
+
+// Appends the arguments of the reference ops from cu_seqlens_q to split_boundaries.
+void push_inputs(std::vector<StableIValue>* stack, const AttentionInputs& inputs);
 
 // The tensor itself, or a contiguous copy when why_copied() has a reason.
 Tensor with_aligned_rows(const Tensor& tensor);

@@ -19,7 +19,14 @@ struct TmaTensorSpec {
   int box_rows;  // at most 256
 };
 
+// For copies of rows of one head (sm90/copies.cuh, load_rows). ragged: rows of a box beyond the end of the caller's range of
+// rows read as zero too, though the tensor goes on: the box is the map's whole second dimension, which a copy enters at the
+// row that leaves as many rows as the range has; a fifth dimension of the same stride then says where the range ends.
 // cudaErrorInvalidValue: the driver refuses the tensor. cudaErrorInsufficientDriver: no driver, or one too old.
-cudaError_t encode_tma_tensor(TmaTensor* tensor, const TmaTensorSpec& spec);
+cudaError_t encode_tma_rows(TmaTensor* tensor, const TmaTensorSpec& spec, bool ragged);
+
+// For copies of a tile of queries (load_queries): box_rows / box_heads rows of box_heads neighbouring heads of the `group` heads
+// that share a KV head; heads beyond the group read as zero. Heads alternate fastest.
+cudaError_t encode_tma_queries(TmaTensor* tensor, const TmaTensorSpec& spec, int group, int box_heads);
 
 }  // namespace flash_ext

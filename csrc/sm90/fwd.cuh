@@ -7,7 +7,6 @@
 // between warpgroups, a token (NamedBarrier::kTurn0) lets one issue its products while the others do softmax.
 #pragma once
 
-#include <climits>
 #include <cstddef>
 
 #include "common/masks.cuh"
@@ -20,8 +19,10 @@
 #include "common/softmax.cuh"
 #include "common/swizzle.cuh"
 #include "common/tiles.cuh"
+#include "common/work.cuh"
 #include "host/tma.h"
 #include "sm90/barriers.h"
+#include "sm90/copies.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/primitives.cuh"
 
@@ -46,6 +47,8 @@ template <>
 struct FwdTile<128, 128, CausalMask> {
   static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kStagesQ = 2;
 };
+template <>
+struct FwdTile<128, 128, LocalMask> : FwdTile<128, 128, CausalMask> {};
 // Its slabs are those of 128; three consumers have no registers for it.
 template <class Mask>
 struct FwdTile<96, 96, Mask> : FwdTile<128, 128, Mask> {};
@@ -63,11 +66,12 @@ struct FwdTile<256, 256, Mask> {
 };
 
 // A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
-template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_ = PlainScore>
 struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_> {
   using Tile = FwdTile<kHeadDim_, kHeadDimV_, Mask_>;
   using Element = Element_;
   using Mask = Mask_;
+  using Score = Score_;
   using Tiles = RangeTiles<Mask>;
   using Output = DenseOutput<Element>;
   static constexpr int kHeadDim = kHeadDim_;
@@ -116,38 +120,30 @@ struct SharedStorage {
   RingBarriers<Config::kStages> v_ring;
 };
 
-// The items of one CTA in order, the same for every role: function(item, sequence, tiles).
+// The items of one CTA in order, the same for every role, by converged warps: function(queries, tiles of keys).
 template <class Config, class Function>
-__device__ __forceinline__ void for_each_item(const FwdParams& params, Function&& function) {
+__device__ __forceinline__ void for_each_item(const FwdParams& params, int lane, Function&& function) {
   const Schedule& schedule = params.schedule;
   for (int round = 0;; ++round) {
     const int index = Schedule::index(round, blockIdx.x, gridDim.x);
     if (index >= schedule.num_items()) return;
-    const WorkItem item = schedule.item(index);
-    const Sequence sequence = sequence_of(params.seqlens_q, params.seqlens_k, item.batch);
-    const int first_row = item.m_block * Config::kBlockM;
-    const int last_row = min_of(Config::kBlockM, sequence.q.num_rows - first_row) - 1 + first_row;
-    function(item, sequence, Config::Tiles::template key_tiles<Config::kBlockN>(typename Config::Mask(params.mask), sequence,
-                                                                                first_row, last_row));
+    const QueryTile queries = warp_query_tile<Config::kBlockM>(params, schedule.item(index), lane);
+    if (!queries.exists()) continue;
+    function(queries, Config::Tiles::template key_tiles<Config::kBlockN>(
+                          typename Config::Mask(params.mask), queries.sequence, queries.first_position,
+                          queries.last_position(Config::kBlockM)));
   }
 }
 
-// ---- producer: one thread ----
+// ---- producer: one warp, of which one thread copies ----
 
 template <class Config>
 __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<Config>& shared) {
-  const auto copy_tile = [](const TmaTensor& tensor, uint64_t* full, uint8_t* stage, int rows, int columns, int row,
-                            int head, int batch, CacheHint hint) {
-    for (int column = 0; column < columns; column += kSlabColumns) {
-      uint8_t* slab = stage + column / kSlabColumns * rows * kSlabRowBytes;
-      tma_load(tensor.map, full, slab, column, row, head * tensor.head_step, batch * tensor.batch_step, hint);
-    }
-  };
-  const int q_heads_per_kv = params.num_heads / params.num_heads_kv;
+  const bool elected = elect_one();
   RingState<Config::kStagesQ> q_state;
   RingState<Config::kStages> k_state, v_state;
 
-  for_each_item<Config>(params, [&](const WorkItem& item, const Sequence& sequence, const auto& tiles) {
+  const auto copy_item = [&](const QueryTile& queries, const KeyTiles& tiles) {
     if (tiles.num_tiles == 0) {
       if constexpr (Config::kStagesInQuery) {  // the buffer without a copy, for the zeros that leave through it
         shared.q_ring.begin_fill(q_state, 0);
@@ -155,27 +151,26 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
       }
       return;
     }
-    const int head_kv = item.head / q_heads_per_kv;
+    const RowRange& keys = queries.sequence.k;
     const auto load_k = [&](int i) {
       shared.k_ring.begin_fill(k_state, Config::kKeyTileBytes);
-      copy_tile(params.k_tma, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage], Config::kBlockN,
-                Config::kHeadDim, sequence.k.first_row + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.k.batch,
-                CacheHint::kEvictLast);
+      load_rows<Config::kBlockN, Config::kHeadDim>(params.k_tma, &shared.k_ring.full[k_state.stage], shared.k[k_state.stage],
+                                                   keys, tiles.n_block(i) * Config::kBlockN, queries.head_kv,
+                                                   CacheHint::kEvictLast);
       k_state.advance();
     };
     const auto load_v = [&](int i) {
       shared.v_ring.begin_fill(v_state, Config::kValueTileBytes);
-      copy_tile(params.v_tma, &shared.v_ring.full[v_state.stage], shared.v[v_state.stage], Config::kBlockN,
-                Config::kHeadDimV, sequence.k.first_row + tiles.n_block(i) * Config::kBlockN, head_kv, sequence.k.batch,
-                CacheHint::kEvictLast);
+      load_rows<Config::kBlockN, Config::kHeadDimV>(params.v_tma, &shared.v_ring.full[v_state.stage],
+                                                    shared.v[v_state.stage], keys, tiles.n_block(i) * Config::kBlockN,
+                                                    queries.head_kv, CacheHint::kEvictLast);
       v_state.advance();
     };
 
     load_k(0);
     shared.q_ring.begin_fill(q_state, Config::kQueryTileBytes);
-    copy_tile(params.q_tma, &shared.q_ring.full[q_state.stage], shared.q[q_state.stage], Config::kBlockM,
-              Config::kHeadDim, sequence.q.first_row + item.m_block * Config::kBlockM, item.head, sequence.q.batch,
-              CacheHint::kEvictFirst);
+    load_queries<Config::kBlockM, Config::kHeadDim>(params.q_tma, &shared.q_ring.full[q_state.stage],
+                                                    shared.q[q_state.stage], queries, CacheHint::kEvictFirst);
     q_state.advance();
     // In the order of consumption: V follows one step behind K.
     for (int i = 1; i < tiles.num_tiles; ++i) {
@@ -183,6 +178,11 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
       load_v(i - 1);
     }
     load_v(tiles.num_tiles - 1);
+  };
+
+  for_each_item<Config>(params, read_lane(), [&](const QueryTile& queries, const KeyTiles& tiles) {
+    if (elected) copy_item(queries, tiles);
+    __syncwarp();
   });
 }
 
@@ -190,17 +190,13 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
 
 // What `step` needs to know of a tile of keys.
 struct UnmaskedTile {
-  using Guard = RowsSeeKeys;
   template <int kNumAcc>
   __device__ __forceinline__ void hide(float (&)[kNumAcc]) const {}
 };
+template <int kNumAcc>
 struct MaskedTile {
-  using Guard = RowsMayBeEmpty;
-  int visible_end[2];  // of the thread's rows, less its first column
-  template <int kNumAcc>
-  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const {
-    hide_keys(acc_s, visible_end);
-  }
+  typename RowBits<kNumAcc>::Word visible[2];  // of the thread's rows
+  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const { hide_keys(acc_s, visible); }
 };
 
 // Q, in place, for a scale that is not positive: the rows of one warpgroup, 16 bytes a thread at a time.
@@ -228,6 +224,7 @@ __device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread,
 template <class Config>
 __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<Config>& shared, int warpgroup) {
   using Element = typename Config::Element;
+  using Score = typename Config::Score;
   using Shared = SharedStorage<Config>;
   constexpr int kNumAccS = Config::kBlockN / 2;
   constexpr int kNumAccO = Config::kHeadDimV / 2;
@@ -252,6 +249,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
 
   const typename Config::Mask mask(params.mask);
   const FoldedScale scale = fold_scale(params.score.softmax_scale);
+  const float softmax_scale = Score::kModifies ? 1.f : scale.log2_scale;
   // Descriptors start from the base of shared memory, so that one register serves all of them. Units of 16 bytes.
   constexpr uint32_t kQueries = offsetof(Shared, q) / 16, kQueryStage = sizeof(shared.q[0]) / 16;
   constexpr uint32_t kKeys = offsetof(Shared, k) / 16, kKeyStage = sizeof(shared.k[0]) / 16;
@@ -298,26 +296,38 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   // The first turn is warpgroup 0's.
   if (warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
 
-  for_each_item<Config>(params, [&](const WorkItem& item, const Sequence& sequence, const auto& tiles) {
-    OnlineSoftmax softmax;
+  for_each_item<Config>(params, lane, [&](const QueryTile& queries, const KeyTiles& tiles) {
+    const Sequence& sequence = queries.sequence;
+    OnlineSoftmax softmax(softmax_scale);
 #pragma unroll
     for (float& x : acc_o) x = 0.f;
-    const int first_row = item.m_block * Config::kBlockM + warp_row;
+    const int rows[2] = {warp_row + acc_row(lane, 0), warp_row + acc_row(lane, 1)};
+    const Score score(params.score, sequence.k, queries.index, queries.head_kv,
+                      {queries.head(rows[0]), queries.head(rows[1])});
 
     const auto masked_tile = [&](int n_block) {
-      MaskedTile tile;
+      MaskedTile<kNumAccS> tile;
+      const int first_key = n_block * Config::kBlockN + acc_first_col(lane);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + acc_row(lane, half);
-        tile.visible_end[half] = mask.visible_end(row, sequence) -
-                                 n_block * Config::kBlockN - acc_first_col(lane);
+        const int position = queries.position(rows[half]);
+        const int end = mask.visible_end(position, sequence) - first_key;
+        tile.visible[half] = Config::Tiles::kMaskedLeft
+                                 ? RowBits<kNumAccS>::between(mask.visible_begin(position, sequence) - first_key, end)
+                                 : RowBits<kNumAccS>::before(end);
       }
       return tile;
     };
+    const auto modify_scores = [&](const typename Score::template Tile<Config::kBlockN>& biases, int n_block) {
+      const int from = sequence.diagonal - n_block * Config::kBlockN - acc_first_col(lane);
+      score.template modify<Config::kBlockN>(
+          acc_s, biases, {queries.position(rows[0]) + from, queries.position(rows[1]) + from}, lane);
+    };
 
     // One tile of keys: its scores and softmax, while the previous tile's P V runs.
-    const auto step = [&](const auto& tile) {
+    const auto step = [&](const auto& tile, int n_block) {
       float rescale[2];
+      const auto biases = score.template load_tile<Config::kBlockN>(sequence.k, n_block, lane);
       shared.k_ring.wait_full(k_state);
       named_barrier_sync(my_turn, kTurnThreads);
       issue_scores();
@@ -328,8 +338,9 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       pin_registers(acc_s);
       shared.k_ring.release(k_state, elected);
       k_state.advance();
+      modify_scores(biases, n_block);
       tile.hide(acc_s);
-      softmax.update<typename std::decay_t<decltype(tile)>::Guard>(acc_s, scale.log2_scale, rescale);
+      softmax.update(acc_s, softmax_scale, rescale);
       complete_before_wait(softmax.row_sum[0] + softmax.row_sum[1]);
       wgmma_wait<0>();
       pin_registers(acc_o);
@@ -343,26 +354,41 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
 
     if (tiles.num_tiles > 0) {
       shared.q_ring.wait_full(q_state);
-      if (scale.changes_q()) {
+      if (!Score::kModifies && scale.changes_q()) {
         rewrite_q<Config>(shared_address(shared.q[q_state.stage]), warpgroup, thread, scale.q_keep_bits,
                           scale.q_flip_bits);
       }
       float rescale[2];
+      const auto biases = score.template load_tile<Config::kBlockN>(sequence.k, tiles.n_block(0), lane);
       shared.k_ring.wait_full(k_state);
       issue_scores();
       wgmma_wait<0>();
       pin_registers(acc_s);
       shared.k_ring.release(k_state, elected);
       k_state.advance();
+      modify_scores(biases, tiles.n_block(0));
       masked_tile(tiles.n_block(0)).hide(acc_s);
-      softmax.update<RowsMayBeEmpty>(acc_s, scale.log2_scale, rescale);
+      softmax.update(acc_s, softmax_scale, rescale);
       round_weights();
 
       int i = 1;
-      if constexpr (Config::Tiles::kManyMasked) {
-        for (; i < tiles.num_masked; ++i) step(masked_tile(tiles.n_block(i)));
+      const auto masked_until = [&](int end) {
+        for (; i < end; ++i) step(masked_tile(tiles.n_block(i)), tiles.n_block(i));
+      };
+      const auto unmasked_until = [&](int end) {
+        for (; i < end; ++i) step(UnmaskedTile{}, tiles.n_block(i));
+      };
+      if constexpr (Config::Tiles::kMaskedLeft) {
+        // Masked, unmasked, masked; the code of the masked loop stands once.
+        for (int end = tiles.num_masked;; end = tiles.num_tiles) {
+          masked_until(end);
+          if (i >= tiles.num_tiles) break;
+          unmasked_until(tiles.full_end);
+        }
+      } else {
+        if constexpr (Config::Tiles::kManyMasked) masked_until(tiles.num_masked);
+        unmasked_until(tiles.num_tiles);
       }
-      for (; i < tiles.num_tiles; ++i) step(UnmaskedTile{});
       if constexpr (!Config::kStagesInQuery) {
         shared.q_ring.release(q_state, elected);
         q_state.advance();
@@ -376,8 +402,15 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       v_state.advance();
     }
 
-    float normalise[2], lse[2];
-    softmax.finish(normalise, lse);
+    float normalise[2], lse[2], largest[2], sinks[2] = {-INFINITY, -INFINITY};
+    if (params.sinks != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (queries.holds(rows[half])) sinks[half] = params.sinks[queries.head(rows[half])];
+      }
+    }
+    softmax.finish(sinks, normalise, lse, largest);
+    if (params.max_logit != nullptr) store_max_logit(params.max_logit, queries, warp_row, largest, lane);
 #pragma unroll
     for (int i = 0; i < kNumAccO; ++i) acc_o[i] *= normalise[acc_half(i)];
     // Rows without keys: the hidden values that met their zero weights may have been NaN.
@@ -387,7 +420,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
         if (normalise[acc_half(i)] == 0.f) acc_o[i] = 0.f;
       }
     }
-    typename Config::Output output(params, sequence, item.head, first_row);
+    typename Config::Output output(params, queries, warp_row);
     output.store_lse(lse, lane);
     if constexpr (Config::kStagesInQuery) {
       if (tiles.num_tiles == 0) shared.q_ring.wait_full(q_state);
@@ -428,7 +461,7 @@ __device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
 
   if (warp < 4) {
     decrease_registers<Config::kProducerRegisters>();
-    if (warp == 0 && elect_one()) produce<Config>(params, shared);
+    if (warp == 0) produce<Config>(params, shared);
   } else {
     increase_registers<Config::kConsumerRegisters>();
     consume<Config>(params, shared, warp / 4 - 1);
@@ -441,25 +474,30 @@ cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
   static_assert(kSharedBytes <= kMaxSharedBytes, "a Hopper CTA has at most 227 KB of shared memory");
 
-  const int num_m_blocks = ceil_div(params.seqlens_q.num_rows, Config::kBlockM);
-  const int64_t num_items = int64_t(num_m_blocks) * params.num_heads * params.batch;
-  if (num_items == 0) return cudaSuccess;
-  // Item numbers are ints, and the last round goes past the end.
-  if (num_items + 2 * params.num_ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t kv_bytes = int64_t(params.seqlens_k.num_rows) * (params.head_dim + params.head_dim_v) * 2;
-  params.schedule =
-      make_schedule(num_m_blocks, params.batch, params.num_heads, params.num_heads_kv, kv_bytes);
+  if (params.batch == 0 || params.num_heads == 0 || params.seqlens_q.num_rows == 0) return cudaSuccess;
+  // Item numbers are ints, and the last round goes past the end: the planner has seen to it that they fit.
+  params.schedule = make_fwd_schedule(params, Config::kBlockM);
 
-  cudaError_t status = encode_tma_tensor(&params.q_tma, {params.q, params.q_strides, params.batch, params.seqlens_q.num_rows,
-                                                         params.num_heads, params.head_dim, Config::kBlockM});
+  const SeqlenParams &of_q = params.seqlens_q, &of_k = params.seqlens_k;
+  const int tensor_batch = of_q.cu_seqlens != nullptr ? 1 : params.batch;
+  cudaError_t status =
+      encode_tma_queries(&params.q_tma, {params.q, params.q_strides, tensor_batch, of_q.num_rows, params.num_heads,
+                                         params.head_dim, Config::kBlockM},
+                         params.num_heads / params.num_heads_kv, params.heads_per_tile);
   // Without keys nothing is copied, and the maps of empty tensors do not exist.
-  if (status == cudaSuccess && params.seqlens_k.num_rows > 0) {
-    status = encode_tma_tensor(&params.k_tma, {params.k, params.k_strides, params.batch, params.seqlens_k.num_rows,
-                                               params.num_heads_kv, params.head_dim, Config::kBlockN});
-  }
-  if (status == cudaSuccess && params.seqlens_k.num_rows > 0) {
-    status = encode_tma_tensor(&params.v_tma, {params.v, params.v_strides, params.batch, params.seqlens_k.num_rows,
-                                               params.num_heads_kv, params.head_dim_v, Config::kBlockN});
+  if (of_k.num_rows > 0) {
+    // Where a sequence, or a part of the keys, ends before the tensor does, what comes next must not meet a zero weight.
+    const bool ragged = of_k.cu_seqlens != nullptr || of_k.seqused != nullptr || params.num_splits > 1;
+    if (status == cudaSuccess) {
+      status = encode_tma_rows(&params.k_tma, {params.k, params.k_strides, tensor_batch, of_k.num_rows, params.num_heads_kv,
+                                               params.head_dim, Config::kBlockN},
+                               ragged);
+    }
+    if (status == cudaSuccess) {
+      status = encode_tma_rows(&params.v_tma, {params.v, params.v_strides, tensor_batch, of_k.num_rows, params.num_heads_kv,
+                                               params.head_dim_v, Config::kBlockN},
+                               ragged);
+    }
   }
   if (status != cudaSuccess) return status;
 

@@ -63,14 +63,15 @@ enum class CacheHint : uint64_t {
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// Coordinates innermost first: column, row, head, batch. Completes `bytes of the box` on the barrier.
+// Coordinates innermost first. Completes `bytes of the box` on the barrier.
 __device__ __forceinline__ void tma_load(const TensorMap& map, uint64_t* barrier, void* destination,
-                                         int column, int row, int head, int batch, CacheHint hint) {
+                                         const int (&coordinates)[5], CacheHint hint) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
-      ::"r"(shared_address(destination)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row),
-      "r"(head), "r"(batch), "l"(static_cast<uint64_t>(hint))
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;"
+      ::"r"(shared_address(destination)), "l"(&map), "r"(shared_address(barrier)), "r"(coordinates[0]),
+      "r"(coordinates[1]), "r"(coordinates[2]), "r"(coordinates[3]), "r"(coordinates[4]),
+      "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
 
