@@ -112,9 +112,7 @@ def _type_violations(call: Call) -> list[str]:
 def _layout_violation(name: str, tensor: torch.Tensor) -> str | None:
     if tensor.is_nested:
         return f"{name} must be a dense (strided) tensor, got a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"{name} must be a dense (strided) tensor, got layout {tensor.layout}"
-    return None
+    return None if tensor.layout == torch.strided else f"{name} must be a dense (strided) tensor, got layout {tensor.layout}"
 
 
 def _qkv_violations(call: Call, packed: bool) -> tuple[list[str], bool]:
@@ -141,28 +139,30 @@ def _qkv_violations(call: Call, packed: bool) -> tuple[list[str], bool]:
     if wrong_kind:
         return found, False
 
+    q_sizes, k_sizes, v_sizes = q.shape, k.shape, v.shape  # once: a shape is made anew at each access
+
     def must_equal(left: str, a: Any, right: str, b: Any) -> None:
         if _certain(a != b):
             found.append(f"{left} must equal {right}, got {a} and {b}")
 
     if packed:
-        must_equal("v.total_k", v.shape[0], "k.total_k", k.shape[0])
+        must_equal("v.total_k", v_sizes[0], "k.total_k", k_sizes[0])
     else:
-        must_equal("k.batch", k.shape[0], "q.batch", q.shape[0])
-        must_equal("v.batch", v.shape[0], "q.batch", q.shape[0])
-        must_equal("v.seqlen", v.shape[1], "k.seqlen", k.shape[1])
-    must_equal("v.num_heads", v.shape[-2], "k.num_heads", k.shape[-2])
-    must_equal("k.head_dim", k.shape[-1], "q.head_dim", q.shape[-1])
-    for name, tensor in tensors:
-        heads, head_dim = tensor.shape[-2:]
+        must_equal("k.batch", k_sizes[0], "q.batch", q_sizes[0])
+        must_equal("v.batch", v_sizes[0], "q.batch", q_sizes[0])
+        must_equal("v.seqlen", v_sizes[1], "k.seqlen", k_sizes[1])
+    must_equal("v.num_heads", v_sizes[-2], "k.num_heads", k_sizes[-2])
+    must_equal("k.head_dim", k_sizes[-1], "q.head_dim", q_sizes[-1])
+    for (name, tensor), sizes in zip(tensors, (q_sizes, k_sizes, v_sizes), strict=True):
+        heads, head_dim = sizes[-2], sizes[-1]
         if _certain(heads < 1):
             found.append(f"{name}.num_heads must be at least 1, got {heads}")
         if name != "k" and (_certain(head_dim < 1) or _certain(head_dim > MAX_HEAD_DIM)):
             found.append(f"{name}.head_dim must lie in [1, {MAX_HEAD_DIM}], got {head_dim}")
         if _certain(head_dim > 1) and _certain(tensor.stride(-1) != 1):
             found.append(f"{name}'s last dimension must be contiguous (stride 1), got stride {tensor.stride(-1)}")
-    if _certain(k.shape[-2] >= 1) and _certain(q.shape[-2] % k.shape[-2] != 0):
-        found.append(f"q.num_heads must be a multiple of k.num_heads, got {q.shape[-2]} and {k.shape[-2]}")
+    if _certain(k_sizes[-2] >= 1) and _certain(q_sizes[-2] % k_sizes[-2] != 0):
+        found.append(f"q.num_heads must be a multiple of k.num_heads, got {q_sizes[-2]} and {k_sizes[-2]}")
     return found, True
 
 
