@@ -53,6 +53,7 @@ def _by_definition(case: Case, tensors: Tensors, sample: Sample, dtype: torch.dt
     group = case.heads // case.heads_kv
     kv_head, scale, backward = sample.head // group, case.head_dim**-0.5, case.direction != "fwd"
     wide = torch.promote_types(dtype, torch.float32)
+    sinks = case.sink_logits(tensors.q.device)
     k, v = (t[sample.batch, :, kv_head].to(dtype) for t in (tensors.k, tensors.v))
     found = {"out": k.new_zeros(len(sample.rows), case.head_dim_v, dtype=dtype)}
     if backward:
@@ -66,7 +67,12 @@ def _by_definition(case: Case, tensors: Tensors, sample: Sample, dtype: torch.dt
         for rows in all_rows.split(max(1, CHUNK_ELEMENTS // case.seqlen_k)):
             q = all_q[rows]
             keep = case.visible(rows)
-            p = torch.softmax((q @ k.T * scale).masked_fill_(~keep, -math.inf), -1).nan_to_num_(0.0)
+            scores = q @ k.T * scale
+            slope = 1.0
+            if case.softcap > 0:
+                tanh = torch.tanh(scores / case.softcap)
+                scores, slope = case.softcap * tanh, 1 - tanh.square()
+            p = _weights(scores.masked_fill_(~keep, -math.inf), None if sinks is None else sinks[head])
             out = p @ v
             mine = torch.isin(sample.rows, rows) if head == sample.head else torch.zeros_like(sample.rows, dtype=torch.bool)
             local = torch.searchsorted(rows, sample.rows[mine])
@@ -75,11 +81,19 @@ def _by_definition(case: Case, tensors: Tensors, sample: Sample, dtype: torch.dt
                 continue
             dout = tensors.dout[sample.batch, rows, head].to(dtype)
             delta = (dout * (out.to(tensors.dout.dtype).to(dtype) if shift else out)).sum(-1, keepdim=True)
-            ds = p * (dout @ v.T - delta) * scale
+            ds = p * (dout @ v.T - delta) * slope * scale
             found["dq"][mine] = (ds @ k)[local]
             found["dk"] += (ds[:, sample.keys].T @ q).to(wide)
             found["dv"] += (p[:, sample.keys].T @ dout).to(wide)
     return found
+
+
+def _weights(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """softmax, with the sink in its denominator; rows that see nothing give zeros."""
+    if sink is None:
+        return torch.softmax(scores, -1).nan_to_num_(0.0)
+    column = sink.to(scores.dtype).expand(len(scores), 1)
+    return torch.softmax(torch.cat((scores, column), -1), -1)[:, :-1]
 
 
 @dataclass(frozen=True)

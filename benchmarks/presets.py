@@ -25,7 +25,8 @@ class Case:
     """One call. family: the cases that share a table and a line of a plot.
 
     lengths: sequences packed one after another into batch 1; attention stays inside each (causal or not). prefix: that
-    many leading keys are seen by every query, the rest is causal. window: (left, right), -1 unbounded.
+    many leading keys are seen by every query, the rest is causal. window: (left, right), -1 unbounded. softcap: 0 is off.
+    sinks: a logit for each query head joins the softmax's denominator.
     """
 
     family: str
@@ -40,11 +41,18 @@ class Case:
     window: tuple[int, int] = (-1, -1)
     lengths: tuple[int, ...] = ()
     prefix: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
     dtype: str = "bf16"
     direction: str = "fwd"
 
     @property
     def mask(self) -> str:
+        changes = f", softcap {self.softcap:g}" * (self.softcap > 0) + ", sinks" * self.sinks
+        return self._mask + changes
+
+    @property
+    def _mask(self) -> str:
         if self.prefix:
             return "prefix"
         if self.lengths:
@@ -67,8 +75,12 @@ class Case:
 
     @property
     def plain(self) -> bool:
-        """Whether the mask is full or causal over the whole sequences: what every implementation takes."""
-        return not self.lengths and not self.prefix and self.window == (-1, -1)
+        """Whether the mask is full or causal over whole sequences and scores are only scaled: what all implementations take."""
+        return not self.lengths and not self.prefix and self.window == (-1, -1) and not self.changes_scores
+
+    @property
+    def changes_scores(self) -> bool:
+        return self.softcap > 0 or self.sinks
 
     def pairs(self) -> float:
         """(query, key) pairs of all heads and sequences that are worked on."""
@@ -127,6 +139,13 @@ class Case:
             owner = self.owners(rows.device)
             keep &= owner[rows][:, None] == owner[None]
         return keep
+
+    def sink_logits(self, device: torch.device | str) -> Tensor | None:
+        """(heads,) float32, about as large as a row's log-sum-exp, so that they matter; None without sinks."""
+        if not self.sinks:
+            return None
+        generator = torch.Generator().manual_seed(random.Random(self.name).getrandbits(31))
+        return (torch.randn(self.heads, generator=generator) + math.log(self.seqlen_k)).to(device)
 
     def owners(self, device: torch.device | str) -> Tensor:
         """(seqlen_k,) which of the packed sequences a position belongs to."""
@@ -234,6 +253,19 @@ def _mask(gpu: bool) -> list[Case]:
     return cases
 
 
+def _features(gpu: bool) -> list[Case]:
+    """Layers of published models: gpt-oss (sinks, window 128), Gemma 2 (softcap 50, window 4096), Mistral (window 4096)."""
+    gpt_oss = ((64, 8, 64, 128, 0.0, True), (64, 8, 64, 0, 0.0, True)) if gpu else ((4, 2, 64, 32, 0.0, True),)
+    gemma = ((32, 16, 128, 4096, 50.0, False), (16, 8, 256, 0, 50.0, False)) if gpu else ((2, 1, 64, 0, 50.0, False),)
+    mistral = ((32, 8, 128, 4096, 0.0, False),) if gpu else ((2, 1, 64, 64, 0.0, False),)
+    return [
+        _square(family, 1, s, heads, heads_kv, dim, causal=True, window=(left, 0) if left else (-1, -1), softcap=cap, sinks=sinks)
+        for family, layers in (("gpt-oss", gpt_oss), ("Gemma 2", gemma), ("Mistral", mistral))
+        for heads, heads_kv, dim, left, cap, sinks in layers
+        for s in ((2048, 8192, 32768) if gpu else (128, 256))
+    ]
+
+
 def _memory(gpu: bool) -> list[Case]:
     seqlens, heads, dim = ((1024, 2048, 4096, 8192, 16384, 32768), 16, 128) if gpu else ((256, 512, 1024), 1, 64)
     return [_square("memory", 1, s, heads, heads, dim, causal=True) for s in seqlens]
@@ -245,6 +277,7 @@ PRESETS: dict[str, tuple[str, Callable[[bool], list[Case]]]] = {
     "decode": ("one new token for each sequence, grouped heads: bytes count", _decode),
     "varlen": ("sequences of log-uniformly drawn lengths packed one after another", _varlen),
     "mask": ("sliding window, packed documents, prefix", _mask),
+    "features": ("attention layers of gpt-oss, Gemma 2 and Mistral: sinks, softcap, windows", _features),
     "memory": ("one sequence of growing length: peak extra bytes", _memory),
 }
 FORWARD_ONLY = {"decode"}

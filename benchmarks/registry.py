@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import flash_ext
 
 from . import cudnn_fp8
-from .presets import Case
+from .presets import DTYPES, Case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,28 +67,38 @@ class FlashExt(Implementation):
 
     def bind(self, case: Case, device: str) -> Attend:
         _require(case.dtype in ("bf16", "fp16"), f"no kernel takes {case.dtype}")
-        options = _options_of_ours(case)
+        options = _options_of_ours(case, device)
         shapes = [torch.empty(shape, dtype=getattr(torch, _LONG[case.dtype]), device=device) for shape in case.shapes()[:3]]
+        if case.lengths:
+            shapes = [t[0] for t in shapes]
         plan = flash_ext.explain(*shapes, **options)
         reasons = plan.rejected.get("sm90") or plan.rejected.get("sm80") or ("the device is not a GPU",)
         _require(plan.backend != "reference", "; ".join(reasons))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flash_ext.attention(q, k, v, **options)
-
-        return attend
+        return _our_call(case, options)
 
 
 _LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def _options_of_ours(case: Case) -> dict[str, Any]:
-    _require(not case.lengths and not case.prefix, f"attention has no argument for a {case.mask} mask")
-    return {"causal": case.causal, "window_size": case.window}
+def _options_of_ours(case: Case, device: str) -> dict[str, Any]:
+    """The keyword arguments of flash_ext.attention, or of attention_varlen where sequences are packed."""
+    _require(not case.prefix, f"attention has no argument for a {case.mask} mask")
+    options = {"causal": case.causal, "window_size": case.window, "softcap": case.softcap, "sinks": case.sink_logits(device)}
+    if case.lengths:
+        ends = _cumulative(case.lengths, device)
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    return options
+
+
+def _our_call(case: Case, options: dict[str, Any]) -> Attend:
+    if not case.lengths:
+        return lambda q, k, v: flash_ext.attention(q, k, v, **options)
+    return lambda q, k, v: flash_ext.attention_varlen(q[0], k[0], v[0], **options)[None]
 
 
 class Reference(Implementation):
-    """The tiled reference of flash_ext, on any device; packed sequences one after another."""
+    """The tiled reference of flash_ext, on any device."""
 
     name, title, peer = "reference", "flash_ext reference", False
 
@@ -97,9 +107,7 @@ class Reference(Implementation):
 
     def bind(self, case: Case, device: str) -> Attend:
         _require(case.dtype != "fp8", "it takes no fp8")
-        _require(not case.prefix, "attention has no argument for a prefix mask")
-        return _each_sequence(case, lambda q, k, v: flash_ext.attention(
-            q, k, v, causal=case.causal, window_size=case.window, backend="reference"))  # fmt: skip
+        return _our_call(case, {**_options_of_ours(case, device), "backend": "reference"})
 
 
 def _each_sequence(case: Case, attend: Attend) -> Attend:
@@ -132,6 +140,7 @@ class Sdpa(Implementation):
         if case.dtype == "fp8" and self.name == "cudnn":
             return _cudnn_fp8(case, device)
         _require(case.dtype != "fp8", "torch's SDPA takes no fp8")
+        _require(not case.changes_scores, "torch's SDPA has neither softcap nor sinks")
         _require(not case.causal or case.seqlen_q == case.seqlen_k, "torch's is_causal is aligned to the top left")
         if case.lengths and self.name == "fa2" and device == "cuda":
             return _torch_varlen(case)
@@ -197,6 +206,7 @@ class Flex(Implementation):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         _require(case.dtype != "fp8", "FlexAttention takes no fp8")
+        _require(not case.sinks, "FlexAttention has no sinks of its own")
         config.donated_buffer = False  # lets the backward run twice over one forward, as it is timed
         torch._dynamo.reset()  # each case is compiled anew; past a few of them dynamo would stop compiling
         visible = _mask_mod(case, device)
@@ -205,16 +215,21 @@ class Flex(Implementation):
             block_mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, device=device)
         compiled = self.compiler(flex_attention, dynamic=False)
         gqa = case.heads != case.heads_kv
+        score_mod = None
+        if case.softcap > 0:
+
+            def score_mod(score: Tensor, *_: Tensor) -> Tensor:
+                return case.softcap * torch.tanh(score / case.softcap)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            return compiled(*heads_first, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
+            return compiled(*heads_first, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
 
         return attend
 
 
 def _mask_mod(case: Case, device: str) -> Callable[..., Tensor] | None:
-    if case.plain and not case.causal:
+    if not (case.causal or case.lengths or case.prefix or case.window != (-1, -1)):
         return None
     offset = case.seqlen_k - case.seqlen_q
     owner = case.owners(device) if case.lengths else None
@@ -302,6 +317,8 @@ class FlashAttention3(Implementation):
         if case.dtype == "fp8":
             descale = torch.ones(sequences, case.heads_kv, device=device)
         left, right = case.window
+        sinks = case.sink_logits(device)
+        sinks = None if sinks is None else sinks.to(DTYPES[case.dtype])  # it takes them in q's dtype
         splits = 0 if case.seqlen_q == 1 else 1  # 0: as many as its own heuristic finds good
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -313,9 +330,9 @@ class FlashAttention3(Implementation):
                 longest, longest, None, None, None,  # max_seqlen q, k; page_table, kv_batch_idx, leftpad_k
                 None, None, None,  # rotary cos, sin; seqlens_rotary
                 descale, descale, descale,
-                case.head_dim**-0.5, case.causal, left, 0 if case.causal else right, 0.0,  # scale, causal, window, softcap
+                case.head_dim**-0.5, case.causal, left, 0 if case.causal else right, case.softcap,  # scale, causal, window, softcap
                 False, None,  # is_rotary_interleaved, scheduler_metadata
-                splits, None, 0, None,  # num_splits, pack_gqa, sm_margin, s_aux
+                splits, None, 0, sinks,  # num_splits, pack_gqa, sm_margin, s_aux
                 1, 0, None,  # cp_world_size, cp_rank, cp_tot_seqused_k
             )[0]  # fmt: skip
             return out[None] if case.lengths else out

@@ -418,6 +418,8 @@ MASKS = [
     Case("x", 1, 48, 48, 2, 2, 16, 16, causal=True, lengths=(20, 1, 27)),
     Case("x", 1, 48, 48, 2, 2, 16, 16, causal=True, prefix=12),
     Case("x", 2, 1, 48, 4, 2, 16, 16),
+    Case("x", 1, 48, 48, 4, 2, 16, 16, causal=True, window=(9, 0), softcap=2.0),
+    Case("x", 1, 48, 48, 4, 2, 16, 16, causal=True, sinks=True),
 ]
 
 
@@ -434,7 +436,7 @@ def test_implementations_agree_with_the_oracle(name: str, case: Case, direction:
     try:
         assert passes(registry.implementations()[name], replace(case, direction=direction)) == []
     except registry.NotCovered as reason:
-        assert name != "math" and (case.prefix or not case.plain), reason
+        assert (name != "math" or case.changes_scores) and not case.plain, reason
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -443,7 +445,11 @@ def test_flex_builds_the_mask_that_is_meant(case: Case) -> None:
     """FlexAttention without the compiler."""
     flex = registry.Flex()
     flex.compiler = lambda function, dynamic: function
-    assert passes(flex, case) == []
+    if case.sinks:
+        with pytest.raises(registry.NotCovered, match="sinks"):
+            flex.bind(case, "cpu")
+    else:
+        assert passes(flex, case) == []
     with pytest.raises(registry.NotCovered):
         flex.bind(replace(case, dtype="fp8"), "cpu")
 
@@ -460,12 +466,16 @@ FA3_ARGUMENTS = re.findall(
 def _fa3_forward(*arguments: Any) -> list[torch.Tensor]:
     """Its signature over the dense definition."""
     a = dict(zip(FA3_ARGUMENTS, arguments, strict=True))
-    assert a["num_splits"] in (0, 1) and a["cp_world_size"] == 1 and a["cp_rank"] == 0 and a["softcap"] == 0.0
-    options = {"causal": a["is_causal"], "softmax_scale": a["softmax_scale"]}
+    assert a["num_splits"] in (0, 1) and a["cp_world_size"] == 1 and a["cp_rank"] == 0
+    options = {"causal": a["is_causal"], "softmax_scale": a["softmax_scale"], "softcap": a["softcap"]}
     options["window_size"] = (a["window_size_left"], a["window_size_right"])
     q, k, v = (t.float() for t in (a["q"], a["k"], a["v"]))
     if a["cu_seqlens_q"] is None:
-        return [dense_attention(q, k, v, **options)[0].to(torch.bfloat16)]
+        out, lse = dense_attention(q, k, v, **options)
+        if a["s_aux"] is not None:
+            assert a["s_aux"].dtype == a["q"].dtype
+            out = out * torch.sigmoid(lse.transpose(1, 2) - a["s_aux"].float())[..., None]
+        return [out.to(torch.bfloat16)]
     ends = a["cu_seqlens_q"].tolist()
     assert a["max_seqlen_q"] == max(e - b for b, e in pairwise(ends)) and q.dim() == 3
     parts = [dense_attention(*(t[None, b:e] for t in (q, k, v)), **options)[0][0] for b, e in pairwise(ends)]

@@ -378,7 +378,7 @@ def test_energy_without_a_meter_is_said_and_is_no_failure(provider: Any, tmp_pat
     )
 
 
-@pytest.mark.parametrize("preset", ["paper", "decode", "varlen", "mask", "memory"])
+@pytest.mark.parametrize("preset", ["paper", "decode", "varlen", "mask", "features", "memory"])
 def test_every_preset_runs_without_a_gpu(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "plot.png"
     found = measured(
