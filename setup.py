@@ -161,6 +161,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         flags = quote([*toolchain.HOST_FLAGS, *defines, f"-I{ROOT / 'csrc'}", *system])
         sources = [ROOT / "csrc" / s for s in OP_SOURCES] + [generated / n for n in ("variant_table.cpp", "launchers.cpp")]
         objects += [ninja.edge("cxx", ninja.folder / "ops" / f"{s.stem}.o", [s], flags) for s in sources]
+        # Those of renamed or deleted sources: the emulated library and tools/resources.py take what lies in these folders.
+        for stale in {*ninja.folder.glob("kernels/*.o"), *ninja.folder.glob("ops/*.o")} - set(objects):
+            stale.unlink()
+            stale.with_suffix(".o.ptxas").unlink(missing_ok=True)
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", str(cuda.cudart)]
         ninja.edge("link", self._output("flash_ext._C"), objects, quote(libraries))
 
