@@ -164,8 +164,7 @@ def _fake_bwd(dout, dlse, q, k, v, out, lse, *arguments):
     *rest, _deterministic, wanted, _ = arguments
     inputs = Inputs(q, k, v, *rest)
     results = ((q, WANT_DQ), (k, WANT_DK), (v, WANT_DV), (inputs.sinks, WANT_DSINKS), (inputs.k_bias, WANT_DK_BIAS))
-    like = [lse if t is None else t for t, _ in results]
-    return tuple(t.new_empty(t.shape if wanted & bit else 0) for t, (_, bit) in zip(like, results, strict=True))
+    return tuple(lse.new_empty(0) if t is None else t.new_empty(t.shape if wanted & bit else 0) for t, bit in results)
 
 
 def _fake_bwd_preprocess(out, dout, lse, dlse):

@@ -317,6 +317,8 @@ def backward(dout: Tensor | None, dlse: Tensor | None, inputs: Inputs, out: Tens
 
     dout None: no gradient flows into out; dlse likewise.
     """
+    # What is absent has no gradient.
+    wanted &= ~(WANT_DSINKS * (inputs.sinks is None) | WANT_DK_BIAS * (inputs.k_bias is None))
     gradients = _Gradients.zeros(inputs, wanted)
     if out.numel() > 0 and (dout is not None or dlse is not None):
         if dout is None:
