@@ -219,14 +219,16 @@ def _score_violations(call: Call, packed: bool, sized: bool) -> list[str]:
     return found
 
 
-def _sequence_violations(call: Call) -> list[str]:
+def _sequence_violations(call: Call, sized: bool) -> list[str]:
     """cu_seqlens, seqused, leftpad, max_seqlen of a packed call; their values too, where those may be read."""
     found = []
     int32 = (torch.int32,)
     cu_q, cu_k = call.cu_seqlens_q, call.cu_seqlens_k
     for name, tensor in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        found += _side_violations(name, tensor, call.q, int32, {} if tensor.dim() == 1 else {"(batch + 1)": ("batch + 1",)})
-        if tensor.dim() == 1 and _certain(tensor.shape[0] < 1):
+        found += _side_violations(name, tensor, call.q, int32, {})
+        if tensor.dim() != 1:
+            found.append(f"{name} must have 1 dimension (batch + 1), got {tensor.dim()}")
+        elif _certain(tensor.shape[0] < 1):
             found.append(f"{name} must have at least 1 element, got 0")
     if cu_q.dim() == 1 and cu_k.dim() == 1 and _certain(cu_q.shape[0] != cu_k.shape[0]):
         found.append(f"cu_seqlens_k must be as long as cu_seqlens_q, got {cu_k.shape[0]} and {cu_q.shape[0]} elements")
@@ -242,7 +244,7 @@ def _sequence_violations(call: Call) -> list[str]:
                 found.append(f"{name} must hold one integer, got shape {tuple(value.shape)} and dtype {value.dtype}")
         elif value is not None and _certain(value < 0):
             found.append(f"{name} must be at least 0, got {value}")
-    return found or sequences.violations(call)
+    return sequences.violations(call) if sized and not found else found
 
 
 def _split_violations(call: Call, sized: bool) -> list[str]:
@@ -308,7 +310,7 @@ def check_arguments(call: Call) -> None:
     if call.sinks is not None or call.alibi_slopes is not None or call.k_bias is not None:
         violations += _score_violations(call, packed, sized)
     if packed:
-        violations += _sequence_violations(call)
+        violations += _sequence_violations(call, sized)
     if call.function == "attention_partials":
         violations += _split_violations(call, sized)
     violations += _option_violations(call)
