@@ -76,21 +76,8 @@ def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
     return tuple(tensor.shape), tuple(tensor.stride()), address % 16 == 0
 
 
-_NEW = (
-    "sinks", "alibi_slopes", "k_bias", "cu_seqlens_q", "split_boundaries",
-)  # fmt: skip
-
-
 def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
     q = call.q
-    beyond = [name for name in _NEW if getattr(call, name) is not None] + ["return_max_logit"] * call.return_max_logit
-    if beyond:  # the planner does not know these yet
-        why = f"no compiled kernel has {', '.join(beyond)}"
-        rejected = {name: [why] for name in BACKENDS if name != "reference"}
-        return {
-            "backend": "reference" if backend in (None, "reference") else "", "variant": "", "tile": (0, 0), "grid": (0, 0, 0),
-            "num_splits": 1, "workspace_bytes": 0, "copies": [], "rejected": rejected, "rejections_as_text": why,
-        }  # fmt: skip
     plan = _host().plan_fwd(
         device=device,
         dtype=str(q.dtype).removeprefix("torch."),
@@ -103,6 +90,11 @@ def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
         window_right=call.window_size[1],
         softcap=float(call.softcap),
         backend=backend or "",
+        num_sequences=-1 if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1,
+        num_parts=0 if call.split_boundaries is None else len(call.split_boundaries) - 1,
+        sinks=call.sinks is not None,
+        alibi=call.alibi_slopes is not None,
+        k_bias=call.k_bias is not None,
     )
     if device == "cpu" and q.device.type == "cuda" and ops.library_error is not None:
         why = f"the compiled kernels are not available: {ops.library_error}"
