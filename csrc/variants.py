@@ -122,7 +122,7 @@ FWD_SM90_TILES = {
     (192, 192, "local"): (128, 112),
     (256, 256, "full"): (128, 80),
     (256, 256, "causal"): (128, 80),
-    (256, 256, "local"): (128, 80),
+    (256, 256, "local"): (128, 64),
 }
 CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask"}
 CXX_SCORE = {False: "PlainScore", True: "ModifiedScore"}

@@ -41,9 +41,15 @@ FX_HOST_DEVICE constexpr FoldedScale fold_scale(float softmax_scale) {
 }
 
 #ifdef __CUDACC__
-// tanh to float32 accuracy in two MUFU; tanh.approx would leave 2^-11 of the cap, percents of a weight.
+// tanh in two MUFU, off by about 2^-23; tanh.approx would leave 2^-11 of the cap, percents of a weight.
 __device__ __forceinline__ float accurate_tanh(float x) {
   return 1.f - 2.f * fast_reciprocal(1.f + fast_exp2(2.f * kLog2e * x));
+}
+// With a small relative error near 0 too, by the first terms of the series.
+__device__ __forceinline__ float precise_tanh(float x) {
+  const float square = x * x;
+  const float near_zero = fmaf(x, square * fmaf(square, 2.f / 15.f, -1.f / 3.f), x);
+  return fabsf(x) < 0.1f ? near_zero : accurate_tanh(x);
 }
 
 // softcap * tanh(scale * qk / softcap) in log2 units, by the two factors that depend on the call alone. Backward: the
@@ -51,10 +57,14 @@ __device__ __forceinline__ float accurate_tanh(float x) {
 struct Softcap {
   float inner;  // softmax_scale / softcap
   float outer;  // softcap * log2(e)
+  bool precise;  // a large cap magnifies the errors of tanh near 0, where the scores then are
 
   __device__ __forceinline__ explicit Softcap(const ScoreParams& params)
-      : inner(params.softmax_scale / params.softcap), outer(params.softcap * kLog2e) {}
-  __device__ __forceinline__ float tanh_of(float qk) const { return accurate_tanh(inner * qk); }
+      : inner(params.softmax_scale / params.softcap), outer(params.softcap * kLog2e), precise(params.softcap > 512.f) {}
+  template <bool kPrecise>
+  __device__ __forceinline__ float tanh_of(float qk) const {
+    return kPrecise ? precise_tanh(inner * qk) : accurate_tanh(inner * qk);
+  }
 };
 
 // The modifications of one element, in the order of their use; log2 units. What forward and backward share.
@@ -71,7 +81,10 @@ struct ScoreNumbers {
         softcap(params) {}
 
   __device__ __forceinline__ float scaled(float qk) const { return qk * scale; }
-  __device__ __forceinline__ float capped(float qk) const { return softcap.outer * softcap.tanh_of(qk); }
+  template <bool kPrecise>
+  __device__ __forceinline__ float capped(float qk) const {
+    return softcap.outer * softcap.tanh_of<kPrecise>(qk);
+  }
   // distance: query position + diagonal - key position, exact up to 2^24. slope: log2 units.
   __device__ __forceinline__ static float with_alibi(float score, float slope, float distance) {
     return fmaf(-slope, fabsf(distance), score);
@@ -160,9 +173,12 @@ struct ModifiedScore {
   template <int kBlockN, int kNumAcc>
   __device__ __forceinline__ void modify(float (&acc_s)[kNumAcc], const Tile<kBlockN>& tile, const int (&distance)[2],
                                          int lane) const {
-    if (numbers.has_softcap) {
+    if (numbers.has_softcap && numbers.softcap.precise) {
 #pragma unroll
-      for (float& score : acc_s) score = numbers.capped(score);
+      for (float& score : acc_s) score = numbers.capped<true>(score);
+    } else if (numbers.has_softcap) {
+#pragma unroll
+      for (float& score : acc_s) score = numbers.capped<false>(score);
     } else {
 #pragma unroll
       for (float& score : acc_s) score = numbers.scaled(score);

@@ -26,6 +26,10 @@ struct QueryTile {
   FX_HOST_DEVICE constexpr int position(int row) const { return first_position + (row >> log2_heads); }
   FX_HOST_DEVICE constexpr int head_in_group(int row) const { return first_in_group + (row & ((1 << log2_heads) - 1)); }
   FX_HOST_DEVICE constexpr int head(int row) const { return head_kv * group + head_in_group(row); }
+  // A head that exists, also for rows that stand for none.
+  FX_HOST_DEVICE constexpr int existing_head(int row) const {
+    return head_kv * group + min_of(head_in_group(row), group - 1);
+  }
   // Whether the row stands for a query; others are computed along and dropped.
   FX_HOST_DEVICE constexpr bool holds(int row) const {
     return position(row) < sequence.q.num_rows && head_in_group(row) < group;

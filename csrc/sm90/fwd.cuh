@@ -64,6 +64,11 @@ template <class Mask>
 struct FwdTile<256, 256, Mask> {
   static constexpr int kBlockM = 128, kBlockN = 80, kStages = 2, kStagesQ = 1;
 };
+// Fewer registers for scores: masks that begin within a tile, and modified scores, need some.
+template <>
+struct FwdTile<256, 256, LocalMask> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kStages = 2, kStagesQ = 1;
+};
 
 // A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
 template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_ = PlainScore>
@@ -303,7 +308,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
     for (float& x : acc_o) x = 0.f;
     const int rows[2] = {warp_row + acc_row(lane, 0), warp_row + acc_row(lane, 1)};
     const Score score(params.score, sequence.k, queries.index, queries.head_kv,
-                      {queries.head(rows[0]), queries.head(rows[1])});
+                      {queries.existing_head(rows[0]), queries.existing_head(rows[1])});
 
     const auto masked_tile = [&](int n_block) {
       MaskedTile<kNumAccS> tile;
@@ -406,7 +411,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
     if (params.sinks != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (queries.holds(rows[half])) sinks[half] = params.sinks[queries.head(rows[half])];
+        sinks[half] = params.sinks[queries.existing_head(rows[half])];
       }
     }
     softmax.finish(sinks, normalise, lse, largest);
