@@ -1,0 +1,170 @@
+"""The functions of FlashAttention-3 (flash-attn's hopper/flash_attn_interface.py), with its signatures.
+
+They differ from flash-attn 2.8 (flash_ext.compat itself) in the order of their arguments (no dropout_p), in seqused_q and
+seqused_k, and in return_attn_probs, which returns (out, softmax_lse). Tensors are those of flash_ext.compat.flash_attn_2.
+
+num_splits 0 and 1, and pack_gqa, only tune speed: the planner decides about both, and results do not depend on them.
+
+Errors: NotImplementedError, with name and value, for qv, q_descale, k_descale, v_descale, 8-bit floats, attention_chunk,
+num_splits > 1 and sm_margin; otherwise those of flash_ext.attention and flash_ext.attention_varlen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..attention import attention
+from ..varlen import attention_varlen
+from .common import offsets, refuse, refuse_fp8, rows, window
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def _options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs) -> dict[str, Any]:
+    return {
+        "softmax_scale": softmax_scale,
+        "causal": bool(causal),
+        "window_size": window(window_size),
+        "softcap": softcap if softcap > 0 else 0.0,
+        "deterministic": True if deterministic else None,
+        "return_lse": bool(return_attn_probs),
+    }
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Result:
+    """FlashAttention-3's flash_attn_qkvpacked_func.
+
+    Args:
+        qkv: (batch, seqlen, 3, nheads, headdim), or with num_heads_q (batch, seqlen, num_heads_q + 2 * nheads_k, headdim).
+        num_heads_q: query heads of a qkv with four dimensions.
+
+    Returns:
+        out (batch, seqlen, nheads, headdim), or (out, softmax_lse (batch, nheads, seqlen)).
+    """
+    function = "flash_attn_3.flash_attn_qkvpacked_func"
+    refuse(
+        function, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
+        sm_margin=sm_margin or None,
+    )  # fmt: skip
+    refuse_fp8(function, qkv=qkv)
+    if qkv.dim() == 5:
+        q, k, v = qkv.unbind(2)
+    elif num_heads_q is None:
+        raise ValueError(f"{function}: num_heads_q must be given for a qkv of {qkv.dim()} dimensions")
+    else:
+        num_heads_kv, rest = divmod(qkv.shape[2] - num_heads_q, 2)
+        if rest or num_heads_kv < 1:
+            raise ValueError(f"{function}: qkv.shape[2] must be num_heads_q + 2 * nheads_k, got {qkv.shape[2]} and {num_heads_q}")
+        q, k, v = qkv.split([num_heads_q, num_heads_kv, num_heads_kv], dim=2)
+    return attention(
+        rows(q), rows(k), rows(v), **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
+    )
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Result:
+    """FlashAttention-3's flash_attn_func: out (batch, seqlen_q, nheads, headdim_v), or (out, softmax_lse)."""
+    function = "flash_attn_3.flash_attn_func"
+    _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin)
+    refuse_fp8(function, q=q, k=k, v=v)
+    return attention(
+        rows(q), rows(k), rows(v), **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Result:
+    """FlashAttention-3's flash_attn_varlen_func.
+
+    Args:
+        q: (total_q, nheads, headdim), or without cu_seqlens_q (batch, seqlen_q, nheads, headdim).
+        k, v: (total_k, nheads_k, headdim), or without cu_seqlens_k (batch, seqlen_k, nheads_k, headdim).
+        seqused_q, seqused_k: (batch) int32, how many rows of each sequence count.
+
+    Returns:
+        out with the shape of q (headdim of v), or (out, softmax_lse): (nheads, total_q), or without cu_seqlens_q
+        (batch, nheads, seqlen_q).
+    """
+    function = "flash_attn_3.flash_attn_varlen_func"
+    _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin)
+    refuse_fp8(function, q=q, k=k, v=v)
+    batch_shape = None
+    if cu_seqlens_q is None:
+        batch_shape = q.shape[:2]
+        q, cu_seqlens_q = q.flatten(0, 1), offsets(*batch_shape, q.device)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = offsets(k.shape[0], k.shape[1], k.device)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    result = attention_varlen(
+        rows(q), rows(k), rows(v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k,
+        **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs),
+    )  # fmt: skip
+    if batch_shape is None:
+        return result
+    out, lse = result if return_attn_probs else (result, None)
+    out = out.unflatten(0, batch_shape)
+    return (out, lse.unflatten(1, batch_shape).transpose(0, 1)) if return_attn_probs else out
+
+
+def _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin) -> None:
+    refuse(
+        function, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        attention_chunk=attention_chunk or None, num_splits=num_splits if num_splits > 1 else None, sm_margin=sm_margin or None,
+    )  # fmt: skip
