@@ -55,13 +55,12 @@ def register(name: str = NAME) -> str:
     if "flash" in name:
         raise ValueError(f"register: name must not contain 'flash' (transformers would take it for its own), got {name!r}")
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     except ImportError as error:
         raise ImportError("register: transformers >= 5.0 is needed (pip install 'transformers>=5'): " + str(error)) from error
 
     def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        return make_mask(sdpa_mask, *args, **kwargs)
+        return make_mask(masking_utils, *args, **kwargs)
 
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)

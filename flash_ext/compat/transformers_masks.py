@@ -47,7 +47,7 @@ class _Pattern:
     causal: bool = False
     window: int | None = None  # keys to the left that a row sees besides itself; two-sided if not causal
     chunk: int | None = None
-    sequences: Tensor | None = None  # (batch, seqlen) int: number of the sequence of each token
+    starts: Tensor | None = None  # (batch, seqlen) bool: a sequence starts here
 
 
 def _take_apart(function: Callable, pattern: _Pattern) -> bool:
@@ -70,12 +70,45 @@ def _take_apart(function: Callable, pattern: _Pattern) -> bool:
     elif name == "chunked_overlay":
         pattern.chunk = cells["chunk_size"]
     elif name == "packed_sequence_mask_function":
-        pattern.sequences = cells["packed_sequence_mask"]
+        numbers = cells["packed_sequence_mask"]
+        pattern.starts = torch.ones_like(numbers, dtype=torch.bool)
+        pattern.starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     elif name == "remap_positions_for_packed_sequence":
         return _take_apart(cells["mask_function"], pattern)
     else:
         return name == "bidirectional_mask_function"
     return True
+
+
+def _take_apart_traced(masks: Any, function: Callable, call: dict[str, Any], pattern: _Pattern) -> bool:
+    """_take_apart by the other arguments of the call, because torch.compile does not let a closure be looked into.
+
+    Args:
+        masks: transformers.masking_utils.
+        call: may_skip, bidirectional, use_vmap, local_size, config, attention_mask, batch, q_length, kv_length, device.
+    """
+    pattern.causal = not call["bidirectional"]
+    if function is masks.causal_mask_function or function is masks.bidirectional_mask_function:
+        return True
+    if call["use_vmap"] or function.__code__ != masks.and_masks(masks.causal_mask_function).__code__:
+        return False
+    size, config = call["local_size"], call["config"]
+    if size is not None:
+        window, chunk = (getattr(config, name, None) == size for name in ("sliding_window", "attention_chunk_size"))
+        if window == chunk:
+            return False
+        if chunk:
+            pattern.chunk = size
+        else:
+            pattern.window = size - 1 if pattern.causal else size
+    packed = not call["may_skip"] and call["attention_mask"] is None and call["q_length"] == call["kv_length"]
+    if packed:
+        # A row sees the key before it if both belong to the same sequence (or if its window is no larger than itself).
+        rows = torch.arange(1, call["q_length"], device=call["device"])[None, None, :, None]
+        batches = torch.arange(call["batch"], device=call["device"])[:, None, None, None]
+        together = function(batches, torch.zeros_like(batches[:1]), rows, rows - 1)[:, 0, :, 0]
+        pattern.starts = torch.nn.functional.pad(~together.expand(call["batch"], -1), (1, 0), value=True)
+    return packed or size is not None
 
 
 def _readable(device: torch.device) -> bool:
@@ -86,7 +119,7 @@ def _readable(device: torch.device) -> bool:
 
 
 def make_mask(
-    sdpa_mask: Callable,
+    masks: Any,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -94,18 +127,24 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
+    use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function; arguments as transformers passes them to those of AttentionMaskInterface.
 
     Args:
-        sdpa_mask: transformers' own, which draws a whole mask.
+        masks: transformers.masking_utils.
         q_length, kv_length: queries and keys of this pass; q_offset, kv_offset: positions of the first of each.
         mask_function: (batch, head, query, key) -> bool; None: causal.
         attention_mask: (batch, positions) bool, False at padding.
+        local_size: the sliding window, or the chunk.
+        allow_is_causal_skip, allow_is_bidirectional_skip: False: the caller wants the mask itself.
+        use_vmap: mask_function is not made of transformers' functions alone.
 
     Returns:
         As the module says.
@@ -114,38 +153,46 @@ def make_mask(
         NotImplementedError: the mask differs from query to query in a way of the model's own.
     """
     device = torch.device(device)
+    mask_function = masks.causal_mask_function if mask_function is None else mask_function
 
     def draw() -> Tensor:
-        return sdpa_mask(
+        return masks.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            attention_mask=attention_mask, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device,
-            **({} if mask_function is None else {"mask_function": mask_function}), **kwargs,
+            mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
 
-    pattern = _Pattern(causal=mask_function is None)
-    known = mask_function is None or _take_apart(mask_function, pattern)
+    bidirectional = allow_is_bidirectional_skip is not None
+    may_skip = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
+    pattern = _Pattern()
+    if torch.compiler.is_compiling():
+        call = {
+            "may_skip": may_skip, "bidirectional": bidirectional, "use_vmap": use_vmap, "local_size": local_size, "config": config,
+            "attention_mask": attention_mask, "batch": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device,
+        }  # fmt: skip
+        known = _take_apart_traced(masks, mask_function, call, pattern)
+    else:
+        known = _take_apart(mask_function, pattern)
+
     if isinstance(q_offset, Tensor) and q_length > 1 and _readable(q_offset.device):
         q_offset = int(q_offset)
     ends_together = not isinstance(q_offset, Tensor) and q_offset + q_length <= kv_offset + kv_length
-    keys = kv_length
-    if ends_together and (pattern.causal or pattern.window is not None):
-        keys = q_offset + q_length - kv_offset
+    needs_the_end = pattern.causal or pattern.window is not None
+    keys = q_offset + q_length - kv_offset if needs_the_end and ends_together else kv_length
     if pattern.chunk is not None and keys + kv_offset > pattern.chunk:
         known = False
-    needs_the_end = pattern.causal or pattern.window is not None
     if not known or (needs_the_end and not ends_together):
         if q_length == 1:
             return _coded(draw()[:, 0, 0].expand(batch_size, kv_length), batch_size, False, False, device)
         raise NotImplementedError(
-            f"{_NAME}: not supported by flash_ext: {_what(mask_function, pattern, q_offset)}, with {q_length} queries and {kv_length} keys; "
-            "'sdpa' and 'flex_attention' draw such masks"
+            f"{_NAME}: not supported by flash_ext: {_what(mask_function, pattern, q_offset)}, with {q_length} queries and "
+            f"{kv_length} keys; 'sdpa' and 'flex_attention' draw such masks"
         )
-    may_skip = allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip
-    if not may_skip and pattern.sequences is None and q_length > 1:
-        return draw()  # the caller wants to compute with the mask itself
     windowed = pattern.window is not None and keys > pattern.window + 1
-    if pattern.sequences is not None:
-        return _sequences(pattern.sequences, pattern.causal, windowed)
+    if pattern.starts is not None:
+        return _sequences(pattern.starts, pattern.causal, windowed)
+    if not may_skip and q_length > 1:
+        return draw()
 
     visible = None
     if attention_mask is not None:
@@ -179,10 +226,8 @@ def _coded(visible: Tensor | None, batch: int, causal: bool, windowed: bool, dev
     return words[:, None, None].expand(batch, 2 + code, 1, visible.shape[1])
 
 
-def _sequences(numbers: Tensor, causal: bool, windowed: bool) -> Tensor:
-    """Numbers of sequences (batch, seqlen) -> (1, 2 + code, sequences + 1) int32; a row of the batch starts a sequence."""
-    starts = torch.ones_like(numbers, dtype=torch.bool)
-    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+def _sequences(starts: Tensor, causal: bool, windowed: bool) -> Tensor:
+    """Where sequences start (batch, seqlen) bool -> (1, 2 + code, sequences + 1) int32."""
     starts = starts.flatten()
     total = starts.shape[0]
     if _readable(starts.device):
