@@ -47,7 +47,14 @@ def _dense(function: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, *op
 
 
 def _packed(
-    function: str, q: Tensor, k: Tensor, v: Tensor, lengths: dict[str, Any], dropout_p: float, block_table: Tensor | None, *options: Any
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: dict[str, Any],
+    dropout_p: float,
+    block_table: Tensor | None,
+    *options: Any,
 ) -> Result:
     refuse(function, dropout_p=dropout_p or None, block_table=block_table)
     refuse_fp8(function, q=q, k=k, v=v)

@@ -91,7 +91,8 @@ def _broadcast(*shapes: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
         raise ValueError(
-            f"{_NAME}: query, key and value must have leading dimensions that broadcast, got {', '.join(str(tuple(s)) for s in shapes)}"
+            f"{_NAME}: query, key and value must have leading dimensions that broadcast, "
+            f"got {', '.join(str(tuple(s)) for s in shapes)}"
         ) from error
 
 
@@ -116,6 +117,12 @@ def _key_bias(mask: Tensor, batch: torch.Size, num_heads: int, num_heads_kv: int
         raise NotImplementedError(
             f"{_NAME}: not supported by flash_ext: attn_mask={describe(given)}: only a mask of keys, the same for every query "
             f"(..., 1, {seqlen_k}); is_causal, and the windows of flash_ext.attention, need no mask"
+        )
+    if given.requires_grad and given.is_leaf and 0 in given.stride():
+        # Its rows share their memory, and the gradient of all of them arrives at the first.
+        raise NotImplementedError(
+            f"{_NAME}: not supported by flash_ext: attn_mask={describe(given)}, an expanded leaf that requires a gradient: pass "
+            "the mask before it was expanded"
         )
     keys = mask[..., :1, :].squeeze(-2)
     one_for_all = keys.shape[-2] == 1 or keys.stride(-2) == 0

@@ -3,8 +3,8 @@
     name = flash_ext.compat.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=name)
 
-Two functions are registered: the mask function (transformers_masks.py, once a forward pass) and the attention function (here, once a
-layer). transformers is imported by register() alone.
+Two functions are registered: the mask function (transformers_masks.py, called once a forward pass) and the attention
+function (here, called once a layer). transformers is imported by register() alone.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def attention_forward(
     if cu_seq_lens_q is None and structure.cu_seqlens is not None:
         cu_seq_lens_q = cu_seq_lens_k = structure.cu_seqlens
     if cu_seq_lens_q is not None:
-        return _several_sequences(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), structure, options)
+        return _several_sequences(
+            query, key, value, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), structure, options
+        )
     if structure.seqlen_k is not None:
         key, value = key[:, : structure.seqlen_k], value[:, : structure.seqlen_k]
     k_bias = structure.key_bias
@@ -131,7 +133,13 @@ def attention_forward(
 
 
 def _several_sequences(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[Tensor, Tensor | None], longest: tuple, structure: Structure, options: dict
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor | None],
+    longest: tuple,
+    structure: Structure,
+    options: dict,
 ) -> tuple[Tensor, None]:
     """A batch whose rows, one after another, hold sequences that do not follow the batch."""
     if cu_seqlens[1] is None:

@@ -263,8 +263,8 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, sli
         causal, windowed = bool(code & 1), bool(code & 2)
         if windowed and sliding_window is None:
             raise NotImplementedError(
-                f"{_NAME}: not supported by flash_ext: a model that draws a sliding window into its mask without telling its attention "
-                "(sliding_window); it is longer than the window here"
+                f"{_NAME}: not supported by flash_ext: a model that draws a sliding window into its mask without telling its "
+                "attention (sliding_window); there are more keys than the window holds here"
             )
         window_size = window(causal) if windowed else (-1, -1)
         if mask.dim() == 3:
@@ -278,8 +278,8 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, sli
         # Drawn by the model itself, with all that hides a key.
         return Structure(False, (-1, -1), _bias(mask[:, 0, 0]), mask.shape[3])
     raise NotImplementedError(
-        f"{_NAME}: not supported by flash_ext: attention_mask={describe(mask)} for {query.shape[2]} queries and {key.shape[2]} keys: only a "
-        "padding mask (batch, keys), and a mask of keys (batch, 1, 1, keys)"
+        f"{_NAME}: not supported by flash_ext: attention_mask={describe(mask)} for {query.shape[2]} queries and {key.shape[2]} "
+        "keys: only a padding mask (batch, keys), and a mask of keys (batch, 1, 1, keys)"
     )
 
 
