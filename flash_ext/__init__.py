@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import autograd as autograd  # registers the gradients
+from . import compat as compat
 from .attention import attention, attention_partials
 from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning
@@ -15,6 +16,6 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "Explanation", "FallbackWarning", "attention", "attention_partials", "attention_varlen", "explain", "merge_attention",
+    "Explanation", "FallbackWarning", "attention", "attention_partials", "attention_varlen", "compat", "explain", "merge_attention",
     "supported",
 ]  # fmt: skip

@@ -23,12 +23,16 @@ from .transformers_masks import Structure, make_mask, read_mask
 # package or a kernel of the name, and lets models replace it.
 NAME = "fext"
 
+# The first version whose mask functions are called as make_mask is.
+_MINIMUM = (5, 14)
+_NEEDED = "register: transformers >= 5.14 is needed (pip install 'transformers>=5.14')"
+
 # Arguments that models of transformers give to attention functions, and that change the result.
 _UNSUPPORTED = ("position_bias", "head_mask", "layer_head_mask", "attention_similarity", "indices", "block_indices", "sinks")
 
 
 def register(name: str = NAME) -> str:
-    """Make flash_ext an attention implementation of transformers (>= 5.0), for every model, in this process.
+    """Make flash_ext an attention implementation of transformers (>= 5.14), for every model, in this process.
 
     Args:
         name: the implementation's name, to be passed as attn_implementation. It must not contain 'flash'.
@@ -55,9 +59,12 @@ def register(name: str = NAME) -> str:
     if "flash" in name:
         raise ValueError(f"register: name must not contain 'flash' (transformers would take it for its own), got {name!r}")
     try:
+        import transformers
         from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     except ImportError as error:
-        raise ImportError("register: transformers >= 5.0 is needed (pip install 'transformers>=5'): " + str(error)) from error
+        raise ImportError(f"{_NEEDED}: {error}") from error
+    if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < _MINIMUM:
+        raise ImportError(f"{_NEEDED}: found {transformers.__version__}")
 
     def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return make_mask(masking_utils, *args, **kwargs)

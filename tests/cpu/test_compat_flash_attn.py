@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -321,3 +322,13 @@ def test_unpadded_attention_equals_attention_over_each_sequence():
         tokens = q[b : b + 1, MASK[b].bool()]
         torch.testing.assert_close(out[b : b + 1, MASK[b].bool()], oracle(tokens, tokens, tokens, causal=True)[0])
         assert out[b, ~MASK[b].bool()].eq(0).all()
+
+
+def test_the_names_in_the_readme(root):
+    """Every import that the README promises works."""
+    lines = re.findall(r"\| `(from flash_ext\.compat\S* import [^`]+)` \|", (root / "README.md").read_text())
+    assert len(lines) == 3
+    for line in lines:
+        exec(line, {})
+    for form in ("qkvpacked_func", "kvpacked_func", "func"):
+        assert callable(getattr(compat, f"flash_attn_{form}")) and callable(getattr(compat, f"flash_attn_varlen_{form}"))

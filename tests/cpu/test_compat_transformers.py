@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import re
 import sys
 
 import pytest
@@ -15,7 +18,7 @@ from flash_ext.compat.transformers_masks import make_mask, read_mask
 
 def test_registering_needs_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"transformers >= 5\.0 is needed"):
+    with pytest.raises(ImportError, match=r"transformers >= 5\.14 is needed"):
         compat.register()
 
 
@@ -24,10 +27,18 @@ def test_names_that_transformers_takes_for_its_own():
         compat.register("flash_ext")
 
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers >= 5.0 (pip install '.[test]')")
+transformers = pytest.importorskip("transformers", minversion="5.14", reason="needs transformers >= 5.14 (pip install '.[test]')")
 masking_utils = pytest.importorskip("transformers.masking_utils")
 
 NAME = compat.register()
+
+
+def test_old_versions_are_refused(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    with pytest.raises(ImportError, match=r"5\.14 is needed.*found 5\.9\.1"):
+        compat.register()
+
+
 PAD, SEQLEN, VOCABULARY, WINDOW = 0, 12, 64, 4
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -265,6 +276,13 @@ def test_loading_and_switching(decoders, tmp_path, calls):
     loaded.set_attn_implementation(NAME)
     close(loaded(tokens(), attention_mask=mask).logits * mask[..., None], expected)
     assert len(calls) == 4
+
+
+def test_the_readme(root, calls):
+    example = re.search(r"```python\n(import torch\nfrom transformers.*?)```", (root / "README.md").read_text(), re.DOTALL)[1]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(example, "README.md", "exec"), {})
+    assert printed.getvalue() == "torch.Size([2, 16, 512])\n" and len(calls) == 2
 
 
 # The mask function and what the attention function reads
