@@ -20,6 +20,8 @@ FX_HOST_DEVICE constexpr int acc_row(int thread, int half) {
 // Its place among the accumulators of its row.
 FX_HOST_DEVICE constexpr int acc_position(int i) { return 2 * (i >> 2) + (i & 1); }
 
+FX_HOST_DEVICE constexpr int acc_at(int half, int position) { return 4 * (position >> 1) + 2 * half + (position & 1); }
+
 // Column of accumulator register i, less the part that depends on the thread.
 FX_HOST_DEVICE constexpr int acc_col_offset(int i) { return 8 * (i >> 2) + (i & 1); }
 FX_HOST_DEVICE constexpr int acc_first_col(int thread) { return 2 * (thread % 4); }

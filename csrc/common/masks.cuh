@@ -62,35 +62,35 @@ struct LocalMask {
   }
 };
 
-// The accumulators of one row of a thread's fragment (fragment.cuh) whose columns are in [begin, end), columns counted from
-// the thread's first: bit p for the p-th of the row. Hiding keys then tests bits instead of comparing columns.
+// The accumulators of one row of a thread's fragment (fragment.cuh) whose columns are outside [begin, end), columns counted
+// from the thread's first: bit p for the p-th of the row. Hiding keys tests bits, eight of which become predicates by one
+// instruction (R2P), instead of comparing columns. The bits of what is hidden, for what is shown would be their complement,
+// which the compiler never makes but tests bit by bit.
 template <int kNumAcc>
-struct RowBits {
+struct HiddenBits {
   using Word = std::conditional_t<(kNumAcc / 2 > 32), uint64_t, uint32_t>;
-  static_assert(kNumAcc / 2 <= 64, "two words of bits at most");
+  static_assert(kNumAcc / 2 < 64, "the bits fit a word, and a shift past all of them is defined");
 
-  // Columns come in pairs, eight apart.
-  FX_HOST_DEVICE static constexpr int num_before(int column) {
-    const int inside = clamp(column, 0, 2 * kNumAcc);
-    return 2 * (inside / 8) + min_of(inside % 8, 2);
+  FX_HOST_DEVICE static constexpr Word from(int end) {
+    const int column = clamp(end, 0, 2 * kNumAcc);
+    const int position = 2 * (column / 8) + min_of(column % 8, 2);  // columns come in pairs, eight apart
+    return static_cast<Word>(~uint64_t{0} << position);
   }
-  FX_HOST_DEVICE static constexpr Word first(int count) {
-    if constexpr (kNumAcc / 2 == 64) {
-      if (count >= 64) return ~Word{0};
-    }
-    return static_cast<Word>((uint64_t{1} << count) - 1);
-  }
-  FX_HOST_DEVICE static constexpr Word before(int end) { return first(num_before(end)); }
-  FX_HOST_DEVICE static constexpr Word between(int begin, int end) { return before(end) & ~before(begin); }
+  FX_HOST_DEVICE static constexpr Word outside(int begin, int end) { return from(end) | ~from(begin); }
 };
 
 #ifdef __CUDACC__
-// Scores of hidden keys become -inf. visible: of the thread's two rows.
+// Scores of hidden keys become -inf. hidden: of the thread's two rows.
 template <int kNumAcc>
-__device__ __forceinline__ void hide_keys(float (&acc_s)[kNumAcc], const typename RowBits<kNumAcc>::Word (&visible)[2]) {
+__device__ __forceinline__ void hide_keys(float (&acc_s)[kNumAcc], const typename HiddenBits<kNumAcc>::Word (&hidden)[2]) {
+  using Word = typename HiddenBits<kNumAcc>::Word;
+  // Row by row, in the order of the bits.
 #pragma unroll
-  for (int i = 0; i < kNumAcc; ++i) {
-    if ((visible[acc_half(i)] >> acc_position(i) & 1) == 0) acc_s[i] = -INFINITY;
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int p = 0; p < kNumAcc / 2; ++p) {
+      if ((hidden[half] & Word{1} << p) != 0) acc_s[acc_at(half, p)] = -INFINITY;
+    }
   }
 }
 #endif

@@ -123,6 +123,8 @@ struct SharedStorage {
   RingBarriers<Config::kStagesQ> q_ring;
   RingBarriers<Config::kStages> k_ring;
   RingBarriers<Config::kStages> v_ring;
+  // What the end of an item needs of it waits here, a copy for each consumer warp: registers are short in the main loop.
+  QueryTile items[4 * Config::kNumConsumers];
 };
 
 // The items of one CTA in order, the same for every role, by converged warps: function(queries, tiles of keys).
@@ -200,8 +202,8 @@ struct UnmaskedTile {
 };
 template <int kNumAcc>
 struct MaskedTile {
-  typename RowBits<kNumAcc>::Word visible[2];  // of the thread's rows
-  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const { hide_keys(acc_s, visible); }
+  typename HiddenBits<kNumAcc>::Word hidden[2];  // of the thread's rows
+  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const { hide_keys(acc_s, hidden); }
 };
 
 // Q, in place, for a scale that is not positive: the rows of one warpgroup, 16 bytes a thread at a time.
@@ -301,7 +303,11 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   // The first turn is warpgroup 0's.
   if (warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
 
+  QueryTile& kept = shared.items[warpgroup * 4 + thread / 32];
+
   for_each_item<Config>(params, lane, [&](const QueryTile& queries, const KeyTiles& tiles) {
+    if (elected) kept = queries;
+    __syncwarp();
     const Sequence& sequence = queries.sequence;
     OnlineSoftmax softmax(softmax_scale);
 #pragma unroll
@@ -310,16 +316,23 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
     const Score score(params.score, sequence.k, queries.index, queries.head_kv,
                       {queries.existing_head(rows[0]), queries.existing_head(rows[1])});
 
+    // Of the thread's rows, less the column of its first accumulator.
+    int visible_begin[2], visible_end[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = queries.position(rows[half]);
+      visible_begin[half] = mask.visible_begin(position, sequence) - acc_first_col(lane);
+      visible_end[half] = mask.visible_end(position, sequence) - acc_first_col(lane);
+    }
     const auto masked_tile = [&](int n_block) {
       MaskedTile<kNumAccS> tile;
-      const int first_key = n_block * Config::kBlockN + acc_first_col(lane);
+      const int first_key = n_block * Config::kBlockN;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int position = queries.position(rows[half]);
-        const int end = mask.visible_end(position, sequence) - first_key;
-        tile.visible[half] = Config::Tiles::kMaskedLeft
-                                 ? RowBits<kNumAccS>::between(mask.visible_begin(position, sequence) - first_key, end)
-                                 : RowBits<kNumAccS>::before(end);
+        const int end = visible_end[half] - first_key;
+        tile.hidden[half] = Config::Tiles::kMaskedLeft
+                                ? HiddenBits<kNumAccS>::outside(visible_begin[half] - first_key, end)
+                                : HiddenBits<kNumAccS>::from(end);
       }
       return tile;
     };
@@ -407,15 +420,16 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       v_state.advance();
     }
 
+    const QueryTile& done = kept;
     float normalise[2], lse[2], largest[2], sinks[2] = {-INFINITY, -INFINITY};
     if (params.sinks != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sinks[half] = params.sinks[queries.existing_head(rows[half])];
+        sinks[half] = params.sinks[done.existing_head(warp_row + acc_row(lane, half))];
       }
     }
     softmax.finish(sinks, normalise, lse, largest);
-    if (params.max_logit != nullptr) store_max_logit(params.max_logit, queries, warp_row, largest, lane);
+    if (params.max_logit != nullptr) store_max_logit(params.max_logit, done, warp_row, largest, lane);
 #pragma unroll
     for (int i = 0; i < kNumAccO; ++i) acc_o[i] *= normalise[acc_half(i)];
     // Rows without keys: the hidden values that met their zero weights may have been NaN.
@@ -425,7 +439,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
         if (normalise[acc_half(i)] == 0.f) acc_o[i] = 0.f;
       }
     }
-    typename Config::Output output(params, queries, warp_row);
+    typename Config::Output output(params, done, warp_row);
     output.store_lse(lse, lane);
     if constexpr (Config::kStagesInQuery) {
       if (tiles.num_tiles == 0) shared.q_ring.wait_full(q_state);
