@@ -108,21 +108,27 @@ FWD_SM90_TILES = {
     (64, 64, "full"): (192, 128),
     (64, 64, "causal"): (192, 128),
     (64, 64, "local"): (192, 128),
+    (64, 64, "local_scored"): (128, 128),
     (96, 96, "full"): (128, 176),
     (96, 96, "causal"): (128, 128),
     (96, 96, "local"): (128, 128),
+    (96, 96, "local_scored"): (128, 128),
     (128, 128, "full"): (128, 176),
     (128, 128, "causal"): (128, 128),
     (128, 128, "local"): (128, 128),
+    (128, 128, "local_scored"): (128, 128),
     (192, 128, "full"): (128, 128),
     (192, 128, "causal"): (128, 128),
     (192, 128, "local"): (128, 128),
+    (192, 128, "local_scored"): (128, 128),
     (192, 192, "full"): (128, 112),
     (192, 192, "causal"): (128, 112),
     (192, 192, "local"): (128, 112),
+    (192, 192, "local_scored"): (128, 96),
     (256, 256, "full"): (128, 80),
     (256, 256, "causal"): (128, 80),
     (256, 256, "local"): (128, 64),
+    (256, 256, "local_scored"): (128, 64),
 }
 CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask"}
 CXX_SCORE = {False: "PlainScore", True: "ModifiedScore"}
@@ -144,8 +150,8 @@ def _fwd_sm90() -> list[Variant]:
             scored=scored,
         )
         for dtype in ("bf16", "fp16")
-        for (head_dim, head_dim_v, mask), tile in FWD_SM90_TILES.items()
-        for scored in ((False, True) if mask == "local" else (False,))
+        for (head_dim, head_dim_v, policies), tile in FWD_SM90_TILES.items()
+        for mask, scored in [(policies.removesuffix("_scored"), policies.endswith("_scored"))]
     ]
 
 

@@ -12,13 +12,24 @@ namespace flash_ext {
 
 struct ScoreParams {
   float softmax_scale;
-  float softcap;                 // 0: off
+  float softcap;  // 0: off
+  // What follows from the two, see with_factors; read as constants by every instruction that needs them.
+  float scale_log2;  // softmax_scale * log2(e), of any sign
+  float cap_inner;   // softmax_scale / softcap
+  float cap_outer;   // softcap * log2(e)
   const float* alibi_slopes;     // (batch, num_heads), natural-log units; null: off
   int64_t alibi_batch_stride;    // 0: one for all of the batch
   const float* k_bias;           // (batch, num_heads_kv, seqlen_k) or packed (num_heads_kv, total_k), natural-log units; null: off
   int64_t k_bias_batch_stride;   // 0 when packed
   int64_t k_bias_head_stride;
 };
+
+constexpr ScoreParams with_factors(ScoreParams params) {
+  params.scale_log2 = params.softmax_scale * kLog2e;
+  params.cap_inner = params.softcap > 0 ? params.softmax_scale / params.softcap : 0.f;
+  params.cap_outer = params.softcap * kLog2e;
+  return params;
+}
 
 // softmax_scale * q.k, by folding the scale and log2(e) into the argument of exp2. The online softmax needs a scale
 // above zero (a maximum of scores must be the maximum of scaled scores, and -inf * 0 is NaN), so a negative scale flips
@@ -52,38 +63,25 @@ __device__ __forceinline__ float precise_tanh(float x) {
   return fabsf(x) < 0.1f ? near_zero : accurate_tanh(x);
 }
 
-// softcap * tanh(scale * qk / softcap) in log2 units, by the two factors that depend on the call alone. Backward: the
-// derivative by the scaled score is 1 - tanh^2.
-struct Softcap {
-  float inner;  // softmax_scale / softcap
-  float outer;  // softcap * log2(e)
-  bool precise;  // a large cap magnifies the errors of tanh near 0, where the scores then are
+// The modifications of one element, in the order of their use; scores in log2 units. What forward and backward share.
+struct ScoreNumbers {
+  const ScoreParams& params;
 
-  __device__ __forceinline__ explicit Softcap(const ScoreParams& params)
-      : inner(params.softmax_scale / params.softcap), outer(params.softcap * kLog2e), precise(params.softcap > 512.f) {}
+  __device__ __forceinline__ bool has_softcap() const { return params.softcap > 0.f; }
+  // A large cap magnifies the errors of tanh near 0, where the scores then are.
+  __device__ __forceinline__ bool has_large_softcap() const { return params.softcap > 512.f; }
+  __device__ __forceinline__ bool has_alibi() const { return params.alibi_slopes != nullptr; }
+  __device__ __forceinline__ bool has_bias() const { return params.k_bias != nullptr; }
+
+  __device__ __forceinline__ float scaled(float qk) const { return qk * params.scale_log2; }
+  // The capped score is cap_outer * tanh; its derivative by the scaled one is 1 - tanh^2.
   template <bool kPrecise>
   __device__ __forceinline__ float tanh_of(float qk) const {
-    return kPrecise ? precise_tanh(inner * qk) : accurate_tanh(inner * qk);
+    return kPrecise ? precise_tanh(params.cap_inner * qk) : accurate_tanh(params.cap_inner * qk);
   }
-};
-
-// The modifications of one element, in the order of their use; log2 units. What forward and backward share.
-struct ScoreNumbers {
-  float scale;      // softmax_scale * log2(e), of any sign
-  bool has_softcap, has_alibi, has_bias;
-  Softcap softcap;  // used only with has_softcap
-
-  __device__ __forceinline__ explicit ScoreNumbers(const ScoreParams& params)
-      : scale(params.softmax_scale * kLog2e),
-        has_softcap(params.softcap > 0.f),
-        has_alibi(params.alibi_slopes != nullptr),
-        has_bias(params.k_bias != nullptr),
-        softcap(params) {}
-
-  __device__ __forceinline__ float scaled(float qk) const { return qk * scale; }
   template <bool kPrecise>
   __device__ __forceinline__ float capped(float qk) const {
-    return softcap.outer * softcap.tanh_of<kPrecise>(qk);
+    return params.cap_outer * tanh_of<kPrecise>(qk);
   }
   // distance: query position + diagonal - key position, exact up to 2^24. slope: log2 units.
   __device__ __forceinline__ static float with_alibi(float score, float slope, float distance) {
@@ -153,14 +151,14 @@ struct ModifiedScore {
   // heads: query heads of the thread's rows. batch: number of the sequence.
   __device__ __forceinline__ ModifiedScore(const ScoreParams& params, const RowRange& keys, int batch, int head_kv,
                                            const int (&heads)[2])
-      : numbers(params),
+      : numbers{params},
         bias(first_bias(params, keys.batch, head_kv, keys.first_row)),
         slopes{alibi_slope(params, batch, heads[0]), alibi_slope(params, batch, heads[1])} {}
 
   template <int kBlockN>
   __device__ __forceinline__ Tile<kBlockN> load_tile(const RowRange& keys, int n_block, int lane) const {
     Tile<kBlockN> tile;
-    if (numbers.has_bias) {
+    if (numbers.has_bias()) {
       tile.load(bias + n_block * kBlockN, keys.num_rows - n_block * kBlockN, lane);
     } else {
 #pragma unroll
@@ -173,17 +171,17 @@ struct ModifiedScore {
   template <int kBlockN, int kNumAcc>
   __device__ __forceinline__ void modify(float (&acc_s)[kNumAcc], const Tile<kBlockN>& tile, const int (&distance)[2],
                                          int lane) const {
-    if (numbers.has_softcap && numbers.softcap.precise) {
+    if (numbers.has_large_softcap()) {
 #pragma unroll
       for (float& score : acc_s) score = numbers.capped<true>(score);
-    } else if (numbers.has_softcap) {
+    } else if (numbers.has_softcap()) {
 #pragma unroll
       for (float& score : acc_s) score = numbers.capped<false>(score);
     } else {
 #pragma unroll
       for (float& score : acc_s) score = numbers.scaled(score);
     }
-    if (numbers.has_alibi) {
+    if (numbers.has_alibi()) {
       const float from[2] = {static_cast<float>(distance[0]), static_cast<float>(distance[1])};
 #pragma unroll
       for (int i = 0; i < kNumAcc; ++i) {
@@ -191,7 +189,7 @@ struct ModifiedScore {
         acc_s[i] = ScoreNumbers::with_alibi(acc_s[i], slopes[half], from[half] - static_cast<float>(acc_col_offset(i)));
       }
     }
-    if (numbers.has_bias) {
+    if (numbers.has_bias()) {
 #pragma unroll
       for (int i = 0; i < kNumAcc; ++i) {
         if (acc_half(i) != 0) continue;

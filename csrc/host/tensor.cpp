@@ -154,13 +154,14 @@ void fill_attention_params(AttentionParams* params, const AttentionInputs& input
   const auto window = [](int64_t side) { return static_cast<int>(std::min<int64_t>(side, kMaxWindow)); };
   params->mask = {.window_left = window(problem.window_left), .window_right = window(problem.window_right)};
   const std::optional<Tensor>&slopes = inputs.alibi_slopes, &bias = inputs.k_bias;
-  params->score = {.softmax_scale = static_cast<float>(problem.softmax_scale),
+  params->score = with_factors({
+                   .softmax_scale = static_cast<float>(problem.softmax_scale),
                    .softcap = static_cast<float>(problem.softcap),
                    .alibi_slopes = float_pointer(slopes),
                    .alibi_batch_stride = slopes && slopes->dim() == 2 ? slopes->stride(0) : 0,
                    .k_bias = float_pointer(bias),
                    .k_bias_batch_stride = bias && bias->dim() == 3 ? bias->stride(0) : 0,
-                   .k_bias_head_stride = bias ? bias->stride(bias->dim() - 2) : 0};
+                   .k_bias_head_stride = bias ? bias->stride(bias->dim() - 2) : 0});
   params->sinks = float_pointer(inputs.sinks);
 }
 

@@ -32,48 +32,41 @@ constexpr int kThreadsPerWarpgroup = 128;
 
 constexpr int kMaxSharedBytes = 227 * 1024;
 
-// Tile sizes by head dims and mask: registers bound S + P + O of a consumer thread, shared memory the stages.
-template <int kHeadDim, int kHeadDimV, class Mask>
+// Tile sizes by head dims, mask and score: registers bound S + P + O of a consumer thread and what masks and scores need
+// beside them, shared memory the stages.
+template <int kBlockM_, int kBlockN_, int kStages_, int kStagesQ_>
+struct TileSizes {
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_, kStagesQ = kStagesQ_;
+};
+
+template <int kHeadDim, int kHeadDimV, class Mask, class Score>
 struct FwdTile;
+template <class Mask, class Score>
+struct FwdTile<64, 64, Mask, Score> : TileSizes<192, 128, 4, 2> {};
 template <class Mask>
-struct FwdTile<64, 64, Mask> {
-  static constexpr int kBlockM = 192, kBlockN = 128, kStages = 4, kStagesQ = 2;
-};
-template <>
-struct FwdTile<128, 128, FullMask> {
-  static constexpr int kBlockM = 128, kBlockN = 176, kStages = 2, kStagesQ = 1;
-};
-template <>
-struct FwdTile<128, 128, CausalMask> {
-  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kStagesQ = 2;
-};
-template <>
-struct FwdTile<128, 128, LocalMask> : FwdTile<128, 128, CausalMask> {};
+struct FwdTile<64, 64, Mask, ModifiedScore> : TileSizes<128, 128, 4, 2> {};  // three consumers have no registers for it
+template <class Mask, class Score>
+struct FwdTile<128, 128, Mask, Score> : TileSizes<128, 128, 2, 2> {};
+template <class Score>
+struct FwdTile<128, 128, FullMask, Score> : TileSizes<128, 176, 2, 1> {};
 // Its slabs are those of 128; three consumers have no registers for it.
+template <class Mask, class Score>
+struct FwdTile<96, 96, Mask, Score> : FwdTile<128, 128, Mask, Score> {};
+template <class Mask, class Score>
+struct FwdTile<192, 128, Mask, Score> : TileSizes<128, 128, 2, 1> {};
+template <class Mask, class Score>
+struct FwdTile<192, 192, Mask, Score> : TileSizes<128, 112, 2, 1> {};
 template <class Mask>
-struct FwdTile<96, 96, Mask> : FwdTile<128, 128, Mask> {};
-template <class Mask>
-struct FwdTile<192, 128, Mask> {
-  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kStagesQ = 1;
-};
-template <class Mask>
-struct FwdTile<192, 192, Mask> {
-  static constexpr int kBlockM = 128, kBlockN = 112, kStages = 2, kStagesQ = 1;
-};
-template <class Mask>
-struct FwdTile<256, 256, Mask> {
-  static constexpr int kBlockM = 128, kBlockN = 80, kStages = 2, kStagesQ = 1;
-};
-// Fewer registers for scores: masks that begin within a tile, and modified scores, need some.
-template <>
-struct FwdTile<256, 256, LocalMask> {
-  static constexpr int kBlockM = 128, kBlockN = 64, kStages = 2, kStagesQ = 1;
-};
+struct FwdTile<192, 192, Mask, ModifiedScore> : TileSizes<128, 96, 2, 1> {};
+template <class Mask, class Score>
+struct FwdTile<256, 256, Mask, Score> : TileSizes<128, 80, 2, 1> {};
+template <class Score>
+struct FwdTile<256, 256, LocalMask, Score> : TileSizes<128, 64, 2, 1> {};
 
 // A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
 template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_ = PlainScore>
-struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_> {
-  using Tile = FwdTile<kHeadDim_, kHeadDimV_, Mask_>;
+struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_, Score_> {
+  using Tile = FwdTile<kHeadDim_, kHeadDimV_, Mask_, Score_>;
   using Element = Element_;
   using Mask = Mask_;
   using Score = Score_;
@@ -316,19 +309,26 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
     const Score score(params.score, sequence.k, queries.index, queries.head_kv,
                       {queries.existing_head(rows[0]), queries.existing_head(rows[1])});
 
-    // Of the thread's rows, less the column of its first accumulator.
-    int visible_begin[2], visible_end[2];
+    // Of the thread's rows, less the column of its first accumulator. Where registers are short they come from the rows'
+    // places on the diagonal, which the score needs too.
+    int visible_begin[2], visible_end[2], diagonal[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int position = queries.position(rows[half]);
       visible_begin[half] = mask.visible_begin(position, sequence) - acc_first_col(lane);
       visible_end[half] = mask.visible_end(position, sequence) - acc_first_col(lane);
+      diagonal[half] = position + sequence.diagonal - acc_first_col(lane);
     }
     const auto masked_tile = [&](int n_block) {
       MaskedTile<kNumAccS> tile;
       const int first_key = n_block * Config::kBlockN;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        if constexpr (Score::kModifies) {
+          const int position = diagonal[half] - sequence.diagonal + acc_first_col(lane);
+          visible_begin[half] = mask.visible_begin(position, sequence) - acc_first_col(lane);
+          visible_end[half] = mask.visible_end(position, sequence) - acc_first_col(lane);
+        }
         const int end = visible_end[half] - first_key;
         tile.hidden[half] = Config::Tiles::kMaskedLeft
                                 ? HiddenBits<kNumAccS>::outside(visible_begin[half] - first_key, end)
@@ -337,9 +337,8 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       return tile;
     };
     const auto modify_scores = [&](const typename Score::template Tile<Config::kBlockN>& biases, int n_block) {
-      const int from = sequence.diagonal - n_block * Config::kBlockN - acc_first_col(lane);
-      score.template modify<Config::kBlockN>(
-          acc_s, biases, {queries.position(rows[0]) + from, queries.position(rows[1]) + from}, lane);
+      const int first_key = n_block * Config::kBlockN;
+      score.template modify<Config::kBlockN>(acc_s, biases, {diagonal[0] - first_key, diagonal[1] - first_key}, lane);
     };
 
     // One tile of keys: its scores and softmax, while the previous tile's P V runs.
