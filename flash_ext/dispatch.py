@@ -22,15 +22,16 @@ class Explanation:
     """What one call of flash_ext.attention would do.
 
     backend: 'sm90', 'sm80' or 'reference'. variant: the kernel's name (also in profiles), or 'reference_fwd'.
-    tile: (rows of queries, rows of keys) of a tile. grid: CTAs in x, y, z; for the reference (row blocks, heads, batch).
-    num_splits: parts of the key sequence worked on by different CTAs and combined. workspace_bytes: device memory beside
-    inputs and results. copies: tensors copied first because of their strides or alignment. rejected: for every other
-    backend the reasons why it was not taken.
+    tile: (rows of queries, rows of keys) of a tile; heads_per_tile query heads of a key head share its rows of queries.
+    grid: CTAs in x, y, z; for the reference (row blocks, heads, batch). num_splits: parts of the key sequence that different
+    CTAs work on. workspace_bytes: device memory beside inputs and results. copies: tensors copied first because of their
+    strides or alignment. rejected: for every other backend the reasons why it was not taken.
     """
 
     backend: str
     variant: str
     tile: tuple[int, int]
+    heads_per_tile: int
     grid: tuple[int, int, int]
     num_splits: int
     workspace_bytes: int
@@ -42,6 +43,7 @@ class Explanation:
             f"backend    {self.backend}",
             f"variant    {self.variant}",
             f"tile       {self.tile[0]} x {self.tile[1]} (queries x keys)",
+            f"heads      {self.heads_per_tile} query head{'s' * (self.heads_per_tile > 1)} in a tile",
             f"grid       {' x '.join(map(str, self.grid))}",
             f"splits     {self.num_splits}",
             f"workspace  {self.workspace_bytes} bytes",
@@ -162,15 +164,16 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, 
     if plan["backend"] == "":
         raise ValueError(f"{call.function}: backend '{call.backend}' cannot run this call; {plan['rejections_as_text']}")
     backend, variant, tile, grid = plan["backend"], plan["variant"], plan["tile"], plan["grid"]
+    heads = plan["heads_per_tile"]
     if backend == "reference":
-        rows, keys, heads = call.q.shape[-3], call.k.shape[-3], call.q.shape[-2]
-        variant, tile = "reference_fwd", reference.tile_shape(rows, keys, heads // call.k.shape[-2])
-        batch = call.q.shape[0] if call.q.dim() == 4 else 1
-        grid = (math.ceil(rows / tile[0]), heads, batch)
+        rows, keys, heads = call.q.shape[-3], call.k.shape[-3], call.q.shape[-2] // call.k.shape[-2]
+        variant, tile = "reference_fwd", reference.tile_shape(rows, keys, heads)
+        grid = (math.ceil(rows / tile[0]), call.q.shape[-2], call.q.shape[0] if call.q.dim() == 4 else 1)
     return Explanation(
         backend=backend,
         variant=variant,
         tile=tuple(tile),
+        heads_per_tile=heads,
         grid=tuple(grid),
         num_splits=plan["num_splits"],
         workspace_bytes=plan["workspace_bytes"],

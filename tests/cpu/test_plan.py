@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -38,7 +40,7 @@ def call(
 
 
 def layout(*sizes: int, strides: tuple | None = None, aligned: bool = True) -> tuple:
-    contiguous = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
+    contiguous = tuple(math.prod(sizes[d + 1 :]) for d in range(len(sizes)))
     return sizes, strides or contiguous, aligned
 
 
@@ -95,7 +97,7 @@ def test_variants_are_the_table_of_csrc(variants_module: Any) -> None:
         pytest.skip("this build holds a subset (FLASH_EXT_VARIANTS or TORCH_CUDA_ARCH_LIST)")
     assert groups == set(BUILD["architectures"])
     assert BUILD["num_variants"] == len(built)
-    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "f32": "float32"}
     for name, row in VARIANTS.items():
         source = rows[name]
         assert row == {
@@ -108,7 +110,7 @@ def test_names_are_unique_and_say_what_they_are(variants_module: Any) -> None:
     names = [row.name for row in variants_module.VARIANTS]
     assert len(names) == len(set(names))
     for row in variants_module.VARIANTS:
-        assert row.name.startswith(f"{row.op}_{row.arch}_{row.dtype}_d{row.head_dim}")
+        assert row.name.startswith(f"{row.op}_{row.arch}_{row.dtype}" + (f"_d{row.head_dim}" if row.head_dim else ""))
 
 
 # --- the forward's plan ---
@@ -164,6 +166,48 @@ def test_options_come_to_the_simplest_mask(changes: dict, mask: str) -> None:
     assert plan(**changes)["variant"] == f"fwd_sm90_bf16_d128_{mask}"
 
 
+MASKS = {
+    "full": {"causal": False},
+    "causal": {"causal": True},
+    "left": {"causal": True, "window_left": 100},
+    "right": {"causal": False, "window_right": 30},
+    "both": {"causal": False, "window_left": 7, "window_right": 0},
+}
+ROW_MASKS = ("full", "causal", "local")  # from the least to the most general
+
+
+@needs_sm90
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_combination_has_a_kernel(mask: str, dtype: str) -> None:
+    """No combination of masks, scores, sequences and parts falls to the reference: it takes the nearest more general row."""
+    rows = {name: row for name, row in VARIANTS.items() if row["op"] == "fwd" and row["arch"] == 90 and row["dtype"] == dtype}
+    dims = {(row["head_dim"], row["head_dim_v"]) for row in rows.values()}
+    if len(rows) < 4 * 6:
+        pytest.skip("this build holds a subset of the forward rows")
+    wanted = ROW_MASKS.index(mask) if mask in ROW_MASKS else 2
+    for head_dim, head_dim_v in (*dims, (8, 8), (72, 40), (160, 136), (248, 8)):
+        for softcap, alibi, k_bias, sinks in itertools.product((0.0, 30.0), *((False, True),) * 3):
+            for kind in ("dense", "packed", "parts"):
+                sizes = [(8, head_dim), (2, head_dim), (2, head_dim_v)]
+                front = (3000,) if kind == "packed" else (2, 1500)
+                q, k, v = (layout(*front, *size) for size in sizes)
+                extra = {"dense": {}, "packed": {"num_sequences": 7}, "parts": {"num_parts": 3}}[kind]
+                got = plan(
+                    dtype=dtype, q=q, k=k, v=v, **MASKS[mask], softcap=softcap, alibi=alibi, k_bias=k_bias, sinks=sinks, **extra
+                )
+                where = (head_dim, head_dim_v, softcap, alibi, k_bias, sinks, kind)
+                assert got["backend"] == "sm90" and got["copies"] == [] and got["workspace_bytes"] == 0, (where, got)
+                name, row = got["variant"], rows[got["variant"]]
+                assert row["head_dim"] >= head_dim and row["head_dim_v"] >= head_dim_v, where
+                scored = softcap > 0 or alibi or k_bias
+                assert "_scored" in name or not scored, (where, name)
+                has = next(m for m in ROW_MASKS if f"_{m}" in name)
+                # A plain score gets the mask it asks for; a modified one that or a more general one.
+                assert ROW_MASKS.index(has) >= wanted if scored else has == ROW_MASKS[wanted], (where, name)
+                assert got["num_splits"] == (3 if kind == "parts" else 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -175,9 +219,6 @@ def test_options_come_to_the_simplest_mask(changes: dict, mask: str) -> None:
         ),
         ({"v": layout(2, 1000, 2, 4)}, "no compiled kernel has head_dim 128 with head_dim_v 4: they must be multiples of 8"),
         ({"v": layout(2, 1000, 2, 264)}, "no compiled kernel has head_dim 128 with head_dim_v 264"),
-        ({"window_left": 998}, "no compiled kernel has window_size (998, 0)"),
-        ({"causal": False, "window_right": 7}, "no compiled kernel has window_size (-1, 7)"),
-        ({"softcap": 30.0}, "no compiled kernel has softcap"),
         ({"q": layout(2**29, 1000, 8, 128)}, "batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers"),
     ],
     ids=str,
@@ -187,8 +228,18 @@ def test_reasons_why_not(changes: dict, reason: str) -> None:
     got = plan(**changes)
     assert got["backend"] == "reference" and got["variant"] == "" and got["rejected"]["sm90"] == [reason]
     assert got["rejections_as_text"].startswith(f"sm90: {reason}; sm80: ")
-    several = plan(**{**changes, "softcap": 30.0, "window_left": 1})
-    assert len(several["rejected"]["sm90"]) >= 2
+
+
+@needs_sm90
+def test_every_reason_is_given() -> None:
+    strange = layout(2**29, 1000, 8, 100)
+    got = plan("sm80", dtype="float32", q=strange, k=layout(2**29, 9, 2, 100), v=layout(2**29, 9, 2, 100), softcap=3.0)
+    assert got["rejected"]["sm90"] == [
+        "no compiled kernel takes float32",
+        "no compiled kernel has head_dim 100: they must be multiples of 8",
+        "needs compute capability 9.0, this GPU has 8.0",
+        "batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers",
+    ]
 
 
 @needs_sm90
@@ -294,6 +345,26 @@ def test_explain_an_imagined_h200() -> None:
 
 
 @needs_sm90
+def test_explain_takes_every_call() -> None:
+    """Sequences, parts, sinks and biases through the public function, on tensors without data."""
+    q, k, v = call(heads_kv=2)
+    wide = torch.float32
+    scores = {"sinks": meta(8, dtype=wide), "alibi_slopes": meta(2, 8, dtype=wide), "k_bias": meta(2, 2, 1000, dtype=wide)}
+    e = flash_ext.explain(q, k, v, **scores, causal=True, return_max_logit=True, device_info="sm90")
+    assert e.variant == "fwd_sm90_bf16_d128_local_scored" and e.heads_per_tile == 1
+    assert flash_ext.explain(q, k, v, sinks=scores["sinks"], device_info="sm90").variant == "fwd_sm90_bf16_d128_full"
+    parts = flash_ext.explain(q, k, v, split_boundaries=(0, 500, 700, 1000), causal=True, device_info="sm90")
+    assert (parts.variant, parts.num_splits) == ("fwd_sm90_bf16_d128_causal", 3)
+    flat, lengths = [t.flatten(0, 1) for t in (q, k, v)], meta(3, dtype=torch.int32)
+    sequences = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths, "max_seqlen_q": 1200, "leftpad_k": meta(2, dtype=torch.int32)}
+    packed = flash_ext.explain(*flat, **sequences, window_size=(128, 0), device_info="sm90")
+    assert packed.variant == "fwd_sm90_bf16_d128_local" and packed.copies == ()
+    assert flash_ext.supported(*flat, **sequences)["reference"] == []
+    few = flash_ext.explain(q[:, :1], k, v, device_info="sm90")  # decoding: the query heads of a key head share a tile
+    assert few.heads_per_tile == 4 and "heads      4 query heads" in str(few)
+
+
+@needs_sm90
 def test_explain_lists_copies() -> None:
     q = torch.empty(2, 1000, 8, 129, device="meta", dtype=torch.bfloat16)[..., :128]
     _, k, v = call()
@@ -315,10 +386,11 @@ def test_explain_here() -> None:
 def test_explanation_is_a_frozen_dataclass() -> None:
     e = flash_ext.explain(*call())
     fields = [f.name for f in dataclasses.fields(flash_ext.Explanation)]
-    assert fields == ["backend", "variant", "tile", "grid", "num_splits", "workspace_bytes", "copies", "rejected"]
+    expected = ["backend", "variant", "tile", "heads_per_tile", "grid", "num_splits", "workspace_bytes", "copies", "rejected"]
+    assert fields == expected
     with pytest.raises(dataclasses.FrozenInstanceError):
         e.backend = "sm90"
-    assert len(str(e).splitlines()) == 7 + sum(map(len, e.rejected.values()))
+    assert len(str(e).splitlines()) == 8 + sum(map(len, e.rejected.values()))
 
 
 def test_explain_and_supported_touch_no_data() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 from pathlib import Path
@@ -25,20 +26,47 @@ GPUS = {
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HEAD_DIMS = (8, 36, 64, 80, 100, 128, 200, 256)
 EVERY_HEAD_DIM = "every head_dim that is a multiple of 8"
-MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window_size": (128, 0)}, "softcap": {"softcap": 30.0}}
+WIDE = {"dtype": torch.float32, "device": "meta"}
+MASKS = {
+    "full": {}, "causal": {"causal": True}, "window": {"window_size": (128, 0)}, "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": torch.empty(4, **WIDE)}, "ALiBi": {"alibi_slopes": torch.empty(4, **WIDE)},
+    "key bias": {"k_bias": torch.empty(2, 2, 512, **WIDE)}, "split keys": {"split_boundaries": (0, 100, 512)},
+}  # fmt: skip
+
+
+def run_example(number: int) -> tuple[dict, str]:
+    """The names that the README's example defines, and what it prints."""
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    names: dict = {"torch": torch, "flash_ext": flash_ext}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(example, "README.md", "exec"), names)
+    return names, printed.getvalue()
 
 
 def test_the_example_runs():
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    names: dict = {}
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(example, "README.md", "exec"), names)
+    names, printed = run_example(0)
     q, k, v = (names[name].detach().double().transpose(1, 2) for name in "qkv")
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(names["out"].detach().double().transpose(1, 2), expected, rtol=2**-8, atol=1e-6)
     assert names["q"].grad.abs().max() > 0
-    assert "torch.Size([2, 1024, 8, 64])" in printed.getvalue()
+    assert "torch.Size([2, 1024, 8, 64])" in printed
+
+
+def test_the_packed_example_runs():
+    names, _ = run_example(1)
+    assert names["ends"].tolist() == [0, 5, 5, 305] and names["lse"].shape == (8, 305)
+    for rows in (slice(0, 5), slice(5, 305)):
+        alone = flash_ext.attention(*(names[name][None, rows] for name in "qkv"), causal=True, sinks=names["sinks"])
+        assert torch.equal(names["out"][rows], alone[0])
+
+
+def test_the_tables_name_every_function_and_option():
+    functions = set(re.findall(r"^\| .*", README, re.MULTILINE))
+    for name in set(flash_ext.__all__) - {"Explanation", "FallbackWarning"}:
+        assert any(re.search(rf"`{name}\(", row) for row in functions), name
+    for option in inspect.signature(flash_ext.attention).parameters:
+        assert any(re.search(rf"`{option}\b", row) for row in functions) or option in "qkv", option
 
 
 def forward_of(gpu: str) -> str:
