@@ -115,7 +115,8 @@ GARBAGE = (
 def test_garbage_stays_inside_the_tensors(numbers: list[int], window: tuple[int, int], schedule) -> None:
     """attention_varlen refuses such values here; a GPU would not see them, so the op is called as it is there. What comes out
     of overlapping sequences means nothing; where each row has one sequence, it is attention."""
-    schedule("checks")
+    ordered = numbers == sorted(numbers)
+    schedule("checks" if ordered else "plain")  # sequences that overlap race for their rows; bounds are always checked
     q, k, v = packed(64)
     lengths = torch.tensor(numbers, dtype=torch.int32)
     extra = torch.tensor([-5, 2**31 - 1, 3], dtype=torch.int32)
@@ -124,5 +125,5 @@ def test_garbage_stays_inside_the_tensors(numbers: list[int], window: tuple[int,
         for bias in (None, k_bias):
             arguments = (lengths, lengths.flip(0), used, used, pad, pad, None, None, bias, 0.125, True, *window, 0.0, ())
             out, lse, _ = OPS.fwd(q, k, v, *arguments, True, False, BACKEND)
-            if numbers == sorted(numbers):
+            if ordered:
                 assert out.isfinite().all() and not lse.isnan().any()
