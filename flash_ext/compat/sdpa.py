@@ -113,7 +113,7 @@ def _key_bias(mask: Tensor, batch: torch.Size, num_heads: int, num_heads_kv: int
         raise ValueError(
             f"{_NAME}: attn_mask must broadcast to {(*batch, num_heads, seqlen_q, seqlen_k)}, got {tuple(given.shape)}"
         )
-    if mask.shape[-2] != 1 and mask.stride(-2) != 0 and seqlen_q != 1:
+    if mask.shape[-2] != 1 and mask.stride(-2) != 0:
         raise NotImplementedError(
             f"{_NAME}: not supported by flash_ext: attn_mask={describe(given)}: only a mask of keys, the same for every query "
             f"(..., 1, {seqlen_k}); is_causal, and the windows of flash_ext.attention, need no mask"

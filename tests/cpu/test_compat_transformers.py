@@ -325,6 +325,34 @@ def test_a_static_cache_is_cut():
     assert structure.seqlen_k == 5
 
 
+def test_a_mask_shorter_than_the_keys_hides_the_rest():
+    padding = torch.ones(2, 4, dtype=torch.bool)
+    structure = read(mask_of(masking_utils.bidirectional_mask_function, attention_mask=padding, allow_is_bidirectional_skip=True))
+    assert structure.key_bias[0].tolist() == [0, 0, 0, 0, -torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keys, counts", [(4, False), (5, True)])
+def test_when_a_window_counts(keys, counts, compiled):
+    """A causal window of 4 keys, and a two-sided one of 3 on each side."""
+    config = transformers.MistralConfig(sliding_window=4)
+
+    def causal() -> Tensor | None:
+        function = masking_utils.sliding_window_causal_mask_function(4)
+        return mask_of(function, keys, keys, local_size=4, config=config)
+
+    def two_sided() -> Tensor | None:
+        function = masking_utils.sliding_window_bidirectional_mask_function(3)
+        return mask_of(function, keys, keys, local_size=3, config=two_sided_config, allow_is_bidirectional_skip=True)
+
+    two_sided_config = transformers.MistralConfig(sliding_window=3)
+    for function, windows in ((causal, [(3, -1), (-1, -1)]), (two_sided, [(3, 3), (-1, -1)])):
+        torch._dynamo.reset()
+        mask = torch.compile(function, fullgraph=True, backend="eager")() if compiled else function()
+        window = read(mask, keys, keys, window=4).window_size if mask is not None else (-1, -1)
+        assert window == windows[not counts], function
+
+
 def test_a_window_that_the_layer_does_not_tell():
     """Models whose attention is not given sliding_window would attend to everything."""
     mask = mask_of(masking_utils.sliding_window_causal_mask_function(3))
