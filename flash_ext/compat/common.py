@@ -27,8 +27,8 @@ def refuse_fp8(function: str, **tensors: Tensor) -> None:
     refuse(function, **{name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.dtype.itemsize == 1})
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension, copied only if it has none."""
+def rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with a contiguous last dimension, copied only if it has none; anything else as it is."""
     return tensor if not isinstance(tensor, Tensor) or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..merge import merge_attention
 from ..varlen import attention_varlen
 from .common import offsets, refuse, refuse_fp8, rows, window
 
@@ -152,8 +154,8 @@ def flash_attn_varlen_func(
         cu_seqlens_k = offsets(k.shape[0], k.shape[1], k.device)
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     result = attention_varlen(
-        rows(q), rows(k), rows(v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k,
+        rows(q), rows(k), rows(v), cu_seqlens_q=rows(cu_seqlens_q), cu_seqlens_k=rows(cu_seqlens_k), max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, seqused_q=rows(seqused_q), seqused_k=rows(seqused_k),
         **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs),
     )  # fmt: skip
     if batch_shape is None:
@@ -161,6 +163,33 @@ def flash_attn_varlen_func(
     out, lse = result if return_attn_probs else (result, None)
     out = out.unflatten(0, batch_shape)
     return (out, lse.unflatten(1, batch_shape).transpose(0, 1)) if return_attn_probs else out
+
+
+def flash_attn_combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention-3's flash_attn_combine: attention over all keys from attention over disjoint parts of them.
+
+    Args:
+        out_partial: (num_splits, batch, seqlen, nheads, headdim_v), there float32, here any floating dtype.
+        lse_partial: (num_splits, batch, seqlen, nheads) float32 (heads last, unlike the softmax_lse of the other functions).
+        out: (batch, seqlen, nheads, headdim_v), to be written in place, or None.
+        out_dtype: dtype of a new out; that of out_partial by default.
+
+    Returns:
+        (out, lse): out (batch, seqlen, nheads, headdim_v), lse (batch, seqlen, nheads). Both have a gradient unless out is given.
+
+    Raises:
+        TypeError, ValueError: as flash_ext.merge_attention; an out of another dtype than out_dtype.
+    """
+    merged, lse = merge_attention(out_partial, lse_partial.transpose(-1, -2))
+    lse = lse.transpose(-1, -2)
+    if out is None:
+        return merged.to(out_dtype or out_partial.dtype), lse
+    if out_dtype not in (None, out.dtype):
+        raise ValueError(f"flash_attn_3.flash_attn_combine: out.dtype must be out_dtype, got {out.dtype} and {out_dtype}")
+    with torch.no_grad():
+        return out.copy_(merged), lse
 
 
 def _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin) -> None:

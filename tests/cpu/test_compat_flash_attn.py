@@ -46,6 +46,7 @@ SIGNATURES = {
             ("sm_margin", 0), ("return_attn_probs", False),
         ),
     ),
+    flash_attn_3.flash_attn_combine: (("out_partial", "lse_partial"), (("out", None), ("out_dtype", None))),
     bert_padding.unpad_input: (("hidden_states", "attention_mask"), (("unused_mask", None),)),
     bert_padding.unpad_input_for_concatenated_sequences: (("hidden_states", "attention_mask_in_length"), ()),
     bert_padding.pad_input: (("hidden_states", "indices", "batch", "seqlen"), ()),
@@ -189,6 +190,37 @@ def test_version_3_takes_dense_tensors_among_packed_ones():
         q.flatten(0, 1), k, v, torch.tensor([0, 4, 8, 12], dtype=torch.int32), None, 4, 6, used_q, used_k, causal=True
     )
     torch.testing.assert_close(packed, out.flatten(0, 1))
+
+
+def test_combining_parts():
+    """Two parts of the keys, and one that nobody sees; heads are the last dimension of lse here."""
+    q, k, v = random(2, 5, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
+    expected_out, expected_lse = oracle(q, k, v)
+    (first, lse_1), (second, lse_2) = oracle(q, k[:, :4], v[:, :4]), oracle(q, k[:, 4:], v[:, 4:])
+    outs = torch.stack((first, second, torch.full_like(first, torch.nan)))
+    lses = torch.stack((lse_1, lse_2, torch.full_like(lse_1, -torch.inf))).transpose(-1, -2)
+    out, lse = flash_attn_3.flash_attn_combine(outs, lses)
+    assert lse.shape == (2, 5, 4)
+    torch.testing.assert_close((out, lse.transpose(-1, -2)), (expected_out, expected_lse))
+    given = torch.empty(2, 5, 4, 8, dtype=torch.bfloat16)
+    out, _ = flash_attn_3.flash_attn_combine(outs, lses, given)
+    assert out is given and torch.equal(given, expected_out.to(torch.bfloat16))
+    assert flash_attn_3.flash_attn_combine(outs, lses, out_dtype=torch.float32)[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="out_dtype"):
+        flash_attn_3.flash_attn_combine(outs, lses, given, torch.float16)
+
+
+def test_compiled():
+    """No function breaks the graph."""
+
+    def function(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+        dense = compat.flash_attn_func(q[None], k[None], k[None], causal=True, return_attn_probs=True)[0][0]
+        packed = compat.flash_attn_varlen_func(q, k, k, lengths, lengths, 5, 5, window_size=(2, 0))
+        third = flash_attn_3.flash_attn_varlen_func(q, k[None], k[None], lengths[::2], None, 9, 9, causal=True)
+        return dense + packed + third
+
+    q, k, lengths = random(9, 4, 8), random(9, 2, 8, seed=1), torch.tensor([0, 5, 9], dtype=torch.int32)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="eager")(q, k, lengths), function(q, k, lengths))
 
 
 @pytest.mark.parametrize("per_batch", [False, True])

@@ -264,6 +264,40 @@ def test_several_sequences_in_a_row_compiled(decoders, name):
     close(out, expected)
 
 
+@pytest.mark.parametrize("name", ["mistral_window", "gpt_oss_sinks"])
+def test_generation_compiled(decoders, name):
+    """transformers compiles the steps of decoding over a static cache, with masks made outside of the graph."""
+    own, ours = decoders[name]
+    options = {"attention_mask": padding("left"), "max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    compilation = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compilation._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    out = ours.generate(tokens(), cache_implementation="static", compile_config=compilation, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(out, own.generate(tokens(), **options))
+
+
+def test_exported(decoders):
+    own, ours = decoders["llama"]
+    mask = padding("left")
+    program = torch.export.export(ours, (tokens(),), {"attention_mask": mask, "use_cache": False}, strict=False)
+    out = program.module()(tokens(), attention_mask=mask, use_cache=False).logits
+    close(out * mask[..., None], own(tokens(), attention_mask=mask).logits * mask[..., None])
+
+
+def test_half_precision(decoders):
+    """bfloat16 weights, and float32 weights under autocast, against float32."""
+    mask = padding("left")
+    expected = decoders["gemma2_softcap"][0](tokens(), attention_mask=mask).logits * mask[..., None]
+    ours = copy.deepcopy(decoders["gemma2_softcap"][1])
+    with torch.autocast("cpu", torch.bfloat16):
+        first = ours(tokens(), attention_mask=mask).logits
+    for logits in (first, ours.bfloat16()(tokens(), attention_mask=mask).logits):
+        error = (logits.float() * mask[..., None] - expected).norm() / expected.norm()
+        assert error < 0.03, error
+
+
 def test_loading_and_switching(decoders, tmp_path, calls):
     own, _ = decoders["llama"]
     own.save_pretrained(tmp_path)
