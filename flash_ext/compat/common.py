@@ -22,6 +22,16 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
+def split(function: str, name: str, tensor: Tensor, dim: int, parts: int) -> tuple[Tensor, ...]:
+    """The tensors that a packed one holds along dim, as views."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != dim + 3 or tensor.shape[dim] != parts:
+        shape = ("(batch, seqlen, " if dim == 2 else "(total, ") + f"{parts}, nheads, headdim)"
+        raise ValueError(f"{function}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    return tensor.unbind(dim)
+
+
 def refuse_fp8(function: str, **tensors: Tensor) -> None:
     """NotImplementedError for 8-bit floats, which flash-attn takes and flash_ext does not yet."""
     refuse(function, **{name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.dtype.itemsize == 1})

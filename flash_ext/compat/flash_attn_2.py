@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..varlen import attention_varlen
-from .common import refuse, refuse_fp8, rows, window
+from .common import refuse, refuse_fp8, rows, split, window
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -75,7 +75,7 @@ def flash_attn_qkvpacked_func(
 ) -> Result:
     """flash_attn.flash_attn_qkvpacked_func: qkv (batch, seqlen, 3, nheads, headdim) -> out (batch, seqlen, nheads, headdim)."""
     return _dense(
-        "flash_attn_qkvpacked_func", *qkv.unbind(2), dropout_p,
+        "flash_attn_qkvpacked_func", *split("flash_attn_qkvpacked_func", "qkv", qkv, 2, 3), dropout_p,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ def flash_attn_kvpacked_func(
 ) -> Result:
     """flash_attn.flash_attn_kvpacked_func: q (batch, seqlen_q, nheads, headdim), kv (batch, seqlen_k, 2, nheads_k, headdim)."""
     return _dense(
-        "flash_attn_kvpacked_func", q, *kv.unbind(2), dropout_p,
+        "flash_attn_kvpacked_func", q, *split("flash_attn_kvpacked_func", "kv", kv, 2, 2), dropout_p,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -135,7 +135,7 @@ def flash_attn_varlen_qkvpacked_func(
     """flash_attn.flash_attn_varlen_qkvpacked_func: qkv (total, 3, nheads, headdim) -> out (total, nheads, headdim)."""
     lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
     return _packed(
-        "flash_attn_varlen_qkvpacked_func", *qkv.unbind(1), lengths, dropout_p, None,
+        "flash_attn_varlen_qkvpacked_func", *split("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 1, 3), lengths, dropout_p, None,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def flash_attn_varlen_kvpacked_func(
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
     }  # fmt: skip
     return _packed(
-        "flash_attn_varlen_kvpacked_func", q, *kv.unbind(1), lengths, dropout_p, None,
+        "flash_attn_varlen_kvpacked_func", q, *split("flash_attn_varlen_kvpacked_func", "kv", kv, 1, 2), lengths, dropout_p, None,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention import attention
 from ..merge import merge_attention
 from ..varlen import attention_varlen
-from .common import offsets, refuse, refuse_fp8, rows, window
+from .common import offsets, refuse, refuse_fp8, rows, split, window
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -65,10 +65,10 @@ def flash_attn_qkvpacked_func(
         sm_margin=sm_margin or None,
     )  # fmt: skip
     refuse_fp8(function, qkv=qkv)
-    if qkv.dim() == 5:
-        q, k, v = qkv.unbind(2)
-    elif num_heads_q is None:
-        raise ValueError(f"{function}: num_heads_q must be given for a qkv of {qkv.dim()} dimensions")
+    if num_heads_q is None or qkv.dim() == 5:
+        q, k, v = split(function, "qkv without num_heads_q", qkv, 2, 3)
+    elif qkv.dim() != 4:
+        raise ValueError(f"{function}: qkv must have 5 dimensions, or 4 with num_heads_q, got {qkv.dim()}")
     else:
         num_heads_kv, rest = divmod(qkv.shape[2] - num_heads_q, 2)
         if rest or num_heads_kv < 1:

@@ -286,12 +286,23 @@ def test_hints_are_taken():
         torch.testing.assert_close(flash_attn_3.flash_attn_func(Q, Q, Q, **options), flash_attn_3.flash_attn_func(Q, Q, Q))
 
 
-@pytest.mark.parametrize(
-    "qkv, num_heads_q, message", [(random(1, 4, 6, 8), None, "num_heads_q"), (random(1, 4, 7, 8), 4, "got 7 and 4")]
-)
-def test_version_3_packed_heads(qkv, num_heads_q, message):
-    with pytest.raises(ValueError, match=message):
-        flash_attn_3.flash_attn_qkvpacked_func(qkv, num_heads_q=num_heads_q)
+QKV = random(1, 4, 3, 2, 8)
+MALFORMED = {
+    "no_heads_3": (flash_attn_3.flash_attn_qkvpacked_func, (random(1, 4, 6, 8),), {}, ValueError, r"num_heads_q .*3, nheads"),
+    "odd_heads_3": (flash_attn_3.flash_attn_qkvpacked_func, (random(1, 4, 7, 8),), {"num_heads_q": 4}, ValueError, "got 7 and 4"),
+    "dimensions_3": (flash_attn_3.flash_attn_qkvpacked_func, (random(4, 6, 8),), {"num_heads_q": 4}, ValueError, "got 3"),
+    "two_of_three": (compat.flash_attn_qkvpacked_func, (QKV[:, :, :2],), {}, ValueError, r"qkv must .*got \(1, 4, 2, 2, 8\)"),
+    "three_of_two": (compat.flash_attn_kvpacked_func, (Q, QKV), {}, ValueError, r"kv must have shape \(batch, seqlen, 2, nheads"),
+    "dense": (compat.flash_attn_varlen_qkvpacked_func, (QKV, PACKED[3], 4), {}, ValueError, r"shape \(total, 3, nheads, headdim\)"),
+    "type": (compat.flash_attn_qkvpacked_func, ([1.0],), {}, TypeError, "qkv must be a torch.Tensor, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_packed_tensors(case):
+    function, arguments, options, error, message = MALFORMED[case]
+    with pytest.raises(error, match=message):
+        function(*arguments, **options)
 
 
 # bert_padding
