@@ -3,10 +3,14 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import autograd as autograd  # registers the gradients
+from . import block_attention as block_attention  # registers the ops of block masks
 from . import compat as compat
 from .attention import attention, attention_partials
+from .block_mask import BlockMask, create_block_mask
+from .block_sparse import block_sparse_attention
 from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning
+from .masks import document_mask, prefix_lm_mask, rcm_permutation, sliding_window_mask, tree_mask
 from .merge import merge_attention
 from .varlen import attention_varlen
 
@@ -16,6 +20,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "Explanation", "FallbackWarning", "attention", "attention_partials", "attention_varlen", "compat", "explain", "merge_attention",
-    "supported",
+    "BlockMask", "Explanation", "FallbackWarning", "attention", "attention_partials", "attention_varlen",
+    "block_sparse_attention", "compat", "create_block_mask", "document_mask", "explain", "merge_attention",
+    "prefix_lm_mask", "rcm_permutation", "sliding_window_mask", "supported", "tree_mask",
 ]  # fmt: skip

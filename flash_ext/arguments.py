@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import sequences
+from .block_mask import BlockMask
 from .call import Call
 
 BACKENDS = ("sm90", "sm80", "reference")
@@ -99,6 +100,8 @@ def _type_violations(call: Call) -> list[str]:
                 if not _is_int(boundary):
                     wrong("split_boundaries", "a sequence of ints", boundary)
                     break
+    if call.block_mask is not None and not isinstance(call.block_mask, BlockMask):
+        wrong("block_mask", "a flash_ext.BlockMask or None", call.block_mask)
     if call.deterministic is not None and not isinstance(call.deterministic, bool):
         wrong("deterministic", "a bool or None", call.deterministic)
     if call.backend is not None and not isinstance(call.backend, str):
@@ -313,6 +316,11 @@ def check_arguments(call: Call) -> None:
         violations += _sequence_violations(call, sized)
     if call.function == "attention_partials":
         violations += _split_violations(call, sized)
+    if call.block_mask is not None and call.function != "attention":
+        violations.append("block_mask is an option of attention alone (packed sequences: flash_ext.document_mask)")
+    elif call.block_mask is not None and sized:
+        batch, seqlen_q, num_heads, _ = call.q.shape
+        violations += call.block_mask.violations(batch, num_heads, seqlen_q, call.k.shape[1], call.q.device)
     violations += _option_violations(call)
     if violations:
         raise ValueError(f"{call.function}: " + "; ".join(violations))

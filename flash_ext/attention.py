@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .block_mask import BlockMask
 from .call import Call
 from .run import results, run
 
@@ -22,6 +23,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     k_bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     return_lse: bool = False,
     return_max_logit: bool = False,
     deterministic: bool | None = None,
@@ -52,6 +54,9 @@ def attention(
             Press et al. 2022). Has no gradient.
         k_bias: (batch, num_heads_kv, seqlen_k) float32, added to every score of its key, in natural-log units, after
             softcap. -inf hides the key, as a mask of padding does. Has a gradient.
+        block_mask: which keys each query sees, besides causal and window_size; made by flash_ext.create_block_mask or one
+            of the functions beside it, for these lengths. Only the blocks that it keeps are computed. The first call with
+            causal or window_size builds their joint mask, which it keeps.
         return_lse: also return lse, the natural log of the softmax's denominator. It has a gradient.
         return_max_logit: also return max_logit, the largest score that each query head saw in this call (after softcap,
             ALiBi, k_bias and the mask, without the sink), as QK-clipping optimisers watch it. Has no gradient.
@@ -81,7 +86,7 @@ def attention(
     return results(
         Call(
             q, k, v, causal, softmax_scale, window_size, softcap, sinks, alibi_slopes, k_bias, return_lse, return_max_logit,
-            deterministic, backend,
+            deterministic, backend, block_mask=block_mask,
         )
     )  # fmt: skip
 

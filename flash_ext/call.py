@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .block_mask import BlockMask
+
 
 class Call(NamedTuple):
     """Every argument of attention, attention_varlen and attention_partials; function: which of them, for messages."""
@@ -35,6 +37,7 @@ class Call(NamedTuple):
     leftpad_k: Tensor | None = None
     validate: bool = False
     split_boundaries: Sequence[int] | None = None
+    block_mask: BlockMask | None = None
     function: str = "attention"
 
     def inputs(self) -> Inputs:
@@ -45,6 +48,16 @@ class Call(NamedTuple):
             self.leftpad_k, self.sinks, self.alibi_slopes, self.k_bias,
             self.q.shape[-1] ** -0.5 if scale is None else float(scale), self.causal, self.window_size[0],
             self.window_size[1], float(self.softcap), self.split_boundaries or (),
+        )  # fmt: skip
+
+
+    def inputs_with_block_mask(self) -> BlockMaskInputs:
+        """The arguments of the ops that take a BlockMask; causal and window_size become part of it."""
+        scale = self.softmax_scale
+        mask = self.block_mask.within_window(self.causal, self.window_size)
+        return BlockMaskInputs(
+            self.q, self.k, self.v, *mask.tensors(), self.sinks, self.alibi_slopes, self.k_bias,
+            self.q.shape[-1] ** -0.5 if scale is None else float(scale), float(self.softcap),
         )  # fmt: skip
 
 
@@ -104,3 +117,30 @@ TENSORS = 12  # the first fields of Inputs are tensors or None
 
 # Bits of the backward's `wanted`: which gradients to compute.
 WANT_DQ, WANT_DK, WANT_DV, WANT_DSINKS, WANT_DK_BIAS = 1, 2, 4, 8, 16
+
+
+class BlockMaskInputs(NamedTuple):
+    """What determines out, lse and their gradients under a BlockMask, in the order of the ops' schemas; shapes as in
+    attention and BlockMask."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    row_offsets: Tensor
+    row_partial: Tensor
+    row_entries: Tensor
+    column_offsets: Tensor
+    column_partial: Tensor
+    column_entries: Tensor
+    bits: Tensor
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    k_bias: Tensor | None
+    softmax_scale: float
+    softcap: float
+
+    def row_lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.row_offsets, self.row_partial, self.row_entries, self.bits
+
+
+BLOCK_MASK_TENSORS = 13  # the first fields of BlockMaskInputs are tensors or None

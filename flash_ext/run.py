@@ -23,8 +23,10 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     deterministic = call.deterministic
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    inputs = call.inputs()
-    fwd = torch.ops.flash_ext.fwd
+    if call.block_mask is None:
+        inputs, fwd = call.inputs(), torch.ops.flash_ext.fwd
+    else:
+        inputs, fwd = call.inputs_with_block_mask(), torch.ops.flash_ext.fwd_block_mask
     if tracing:
         return fwd(*inputs, call.return_max_logit, deterministic, call.backend)
     if torch.is_grad_enabled() and (
