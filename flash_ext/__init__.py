@@ -10,8 +10,10 @@ from .block_mask import BlockMask, create_block_mask
 from .block_sparse import block_sparse_attention
 from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning
+from .jagged import attention_dense_jagged, attention_jagged
 from .masks import document_mask, prefix_lm_mask, rcm_permutation, sliding_window_mask, tree_mask
 from .merge import merge_attention
+from .packing import PackingCollator, attention_packed, cu_seqlens_from_position_ids
 from .varlen import attention_varlen
 
 try:
@@ -20,7 +22,8 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "BlockMask", "Explanation", "FallbackWarning", "attention", "attention_partials", "attention_varlen",
-    "block_sparse_attention", "compat", "create_block_mask", "document_mask", "explain", "merge_attention",
+    "BlockMask", "Explanation", "FallbackWarning", "PackingCollator", "attention", "attention_dense_jagged",
+    "attention_jagged", "attention_packed", "attention_partials", "attention_varlen", "block_sparse_attention",
+    "compat", "create_block_mask", "cu_seqlens_from_position_ids", "document_mask", "explain", "merge_attention",
     "prefix_lm_mask", "rcm_permutation", "sliding_window_mask", "supported", "tree_mask",
 ]  # fmt: skip
