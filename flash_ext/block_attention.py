@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from . import env, ops, reference_block_mask
-from .block_mask import BLOCK, mask_blocks, num_blocks
+from .block_mask import BLOCK, WORDS, mask_blocks, num_blocks
 from .call import BLOCK_MASK_TENSORS, WANT_DK, WANT_DK_BIAS, WANT_DQ, WANT_DSINKS, WANT_DV
 from .call import BlockMaskInputs as Inputs
 from .reference import accumulation_dtype
@@ -142,7 +142,7 @@ def _fake_bwd(*arguments):
 def _fake_mask_blocks(mask):
     rows, columns = num_blocks(mask.shape[1]), num_blocks(mask.shape[2])
     kinds = mask.new_empty(mask.shape[0], rows, columns, dtype=torch.uint8)
-    return kinds, mask.new_empty(*kinds.shape, BLOCK, BLOCK // 32, dtype=torch.int32)
+    return kinds, mask.new_empty(*kinds.shape, 2, BLOCK, WORDS, dtype=torch.int32)
 
 
 for _name, _fake in (

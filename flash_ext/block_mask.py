@@ -32,17 +32,26 @@ def _cells_at_once(device: torch.device) -> int:
     return 2**27 if device.type == "cuda" else 2**22
 
 
+WORDS = BLOCK // 32  # of 32 bits in a row of a block
+
+
 def pack_bits(cells: Tensor) -> Tensor:
-    """(n, BLOCK, BLOCK) bool to (n, BLOCK, BLOCK / 32) int32: bit j of word w is column 32 w + j."""
+    """(n, BLOCK, BLOCK) bool to (n, 2, BLOCK, WORDS) int32: a row for each query, then a row for each key.
+
+    Bit 2 c + e of word w is column 8 c + 2 w + e: what one thread of a matrix instruction holds of a row (fragment.cuh).
+    """
+    both = torch.stack([cells, cells.transpose(1, 2)], 1)
+    columns = both.unflatten(-1, (BLOCK // 8, WORDS, 2)).transpose(-3, -2).reshape(-1, 2, BLOCK, WORDS * 4, 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=cells.device)
-    octets = cells.to(torch.uint8).view(-1, BLOCK, BLOCK // 8, 8).mul(weights).sum(-1, dtype=torch.uint8)
-    return octets.view(torch.int32)
+    return columns.to(torch.uint8).mul(weights).sum(-1, dtype=torch.uint8).view(torch.int32)
 
 
 def unpack_bits(bits: Tensor) -> Tensor:
-    """The inverse of pack_bits."""
+    """The inverse of pack_bits, from the rows of queries."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return bits.contiguous().view(torch.uint8)[..., None].bitwise_right_shift(shifts).bitwise_and(1).bool().flatten(-2)
+    octets = bits[:, 0].contiguous().view(torch.uint8)
+    columns = octets[..., None].bitwise_right_shift(shifts).bitwise_and(1).bool()
+    return columns.view(-1, BLOCK, WORDS, BLOCK // 8, 2).transpose(2, 3).reshape(-1, BLOCK, BLOCK)
 
 
 def mask_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,12 +59,12 @@ def mask_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     mask: (n, seqlen_q, seqlen_k) bool. kinds: (n, blocks of queries, blocks of keys) uint8. A block is full when every query
     that exists sees all its BLOCK keys, so a ragged last block of keys is at most partial. bits: (n, blocks of queries, blocks
-    of keys, BLOCK, BLOCK / 32) int32, zero beyond the edges; undefined for blocks that are not partial.
+    of keys, 2, BLOCK, WORDS) int32 as of pack_bits, 0 beyond the edges; undefined for blocks that are not partial.
     """
     n, seqlen_q, seqlen_k = mask.shape
     rows, columns = num_blocks(seqlen_q), num_blocks(seqlen_k)
     kinds = mask.new_empty(n, rows, columns, dtype=torch.uint8)
-    bits = mask.new_empty(n, rows, columns, BLOCK, BLOCK // 32, dtype=torch.int32)
+    bits = mask.new_empty(n, rows, columns, 2, BLOCK, WORDS, dtype=torch.int32)
     if columns == 0:
         return kinds, bits
     for i in range(n):
@@ -111,10 +120,10 @@ class _Kept:
         self.batch, self.num_heads, self.seqlen_q, self.seqlen_k = batch, num_heads, seqlen_q, seqlen_k
         self.partial: list[Tensor] = [torch.empty(0, 4, dtype=torch.int64, device=device)]
         self.full: list[Tensor] = [torch.empty(0, 4, dtype=torch.int64, device=device)]
-        self.bits: list[Tensor] = [torch.empty(0, BLOCK, BLOCK // 32, dtype=torch.int32, device=device)]
+        self.bits: list[Tensor] = [torch.empty(0, 2, BLOCK, WORDS, dtype=torch.int32, device=device)]
 
     def add(self, where: Tensor, kinds: Tensor, bits: Tensor) -> None:
-        """where: (n, 4) int64, the blocks' (b, h, row, column); kinds: (n) uint8; bits: (n, BLOCK, BLOCK / 32) int32."""
+        """where: (n, 4) int64, the blocks' (b, h, row, column); kinds: (n) uint8; bits: (n, 2, BLOCK, WORDS) int32."""
         is_partial = kinds == PARTIAL
         self.partial.append(where[is_partial])
         self.bits.append(bits[is_partial])
@@ -151,7 +160,8 @@ class BlockMask:
         seqlen_q, seqlen_k: the lengths that it was built for.
         rows: the lists of blocks of keys, for each (batch, head, block of queries).
         columns: the lists of blocks of queries, for each (batch, head, block of keys).
-        bits: (partial blocks, 128, 4) int32: bit j of word w in row r tells whether query r of the block sees its key 32 w + j.
+        bits: (partial blocks, 2, 128, 4) int32: which keys each query of a block sees, and which queries see each key. Bit
+            2 c + e of word w in a row stands for column 8 c + 2 w + e.
 
     batch and num_heads are 1 for a mask that all sequences, or all heads, share. The lists are trusted: build them by the
     functions above.

@@ -50,6 +50,15 @@ def check_lists(found: BlockMask, mask: Tensor) -> None:
                 where = (head, own, block) if lists is found.rows else (head, block, own)
                 assert slots.setdefault(slot, where) == where  # a block has the same bits in both directions
     assert sorted(slots) == list(range(found.num_partial))
+    # Bit 2 c + e of word w: column 8 c + 2 w + e, of a row for each query, or for each key.
+    for slot, (head, m, n) in list(slots.items())[:3]:
+        block = torch.zeros(BLOCK, BLOCK, dtype=torch.bool)
+        of_mask = mask.flatten(0, 1)[head, m * BLOCK : (m + 1) * BLOCK, n * BLOCK : (n + 1) * BLOCK]
+        block[: of_mask.shape[0], : of_mask.shape[1]] = of_mask
+        for which, rows in ((0, block), (1, block.mT)):
+            for row, word in ((0, 0), (1, 3), (77, 2), (127, 1)):
+                bits = found.bits[slot, which, row, word].item() & 0xFFFFFFFF
+                assert bits == sum(1 << (2 * c + e) for c in range(16) for e in (0, 1) if rows[row, 8 * c + 2 * word + e])
 
 
 @pytest.mark.parametrize("name", checks.RANDOM)
