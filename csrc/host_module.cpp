@@ -46,6 +46,7 @@ const char* op_name(Op op) {
     case Op::k_fwd: return "fwd";
     case Op::k_bwd: return "bwd";
     case Op::k_bwd_preprocess: return "bwd_preprocess";
+    case Op::k_mask_blocks: return "mask_blocks";
     default: return "fill_unused";
   }
 }

@@ -8,4 +8,5 @@ STABLE_TORCH_LIBRARY_IMPL(flash_ext, FLASH_EXT_DISPATCH_KEY, library) {
   library.impl("fwd", TORCH_BOX(&flash_ext::fwd));
   library.impl("bwd", TORCH_BOX(&flash_ext::bwd));
   library.impl("bwd_preprocess", TORCH_BOX(&flash_ext::bwd_preprocess));
+  library.impl("mask_blocks", TORCH_BOX(&flash_ext::mask_blocks));
 }

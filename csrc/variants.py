@@ -20,7 +20,9 @@ from itertools import product
 from pathlib import Path
 
 CXX_ELEMENT = {"bf16": "__nv_bfloat16", "fp16": "__half"}
-CXX_SCALAR_TYPE = {"bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16", "f32": "ScalarType::kFloat32"}
+CXX_SCALAR_TYPE = {
+    "bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16", "f32": "ScalarType::kFloat32", "": "ScalarType::kBool",
+}  # fmt: skip
 ARCHITECTURES = ("sm80", "sm90")
 
 
@@ -53,6 +55,12 @@ KERNELS = {
         )
         for arch in ARCHITECTURES
     },
+    **{
+        ("mask_blocks", arch): Kernel(
+            "mask_blocks", "common/mask_blocks.cuh", "MaskBlocksParams", "mask_blocks", "launch_mask_blocks"
+        )
+        for arch in ARCHITECTURES
+    },
 }
 
 # One look-up function for each op in host/launchers.h: op -> (type of the launcher, params).
@@ -60,6 +68,7 @@ LAUNCHERS = {
     "fwd": ("FwdLauncher", "FwdParams"),
     "bwd_preprocess": ("BwdPreprocessLauncher", "BwdPreprocessParams"),
     "fill_unused": ("FillUnusedLauncher", "FillUnusedParams"),
+    "mask_blocks": ("MaskBlocksLauncher", "MaskBlocksParams"),
 }
 
 
@@ -68,10 +77,11 @@ class Variant:
     """One row: one kernel entry.
 
     arch is the group whose compiler flags the row is built with, and the lowest architecture that runs it: sm80 (SASS of
-    the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only).
-    head_dim and head_dim_v are the largest that the row covers (0 where there are none); smaller multiples of 8 run on it too. mask
-    is the policy, '' where there is none; scored: with the modified score (softcap, ALiBi, key bias). block_m and block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the
-    C++ type that the kernel template is instantiated with.
+    the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only). dtype is '' where there is
+    none. head_dim and head_dim_v are the largest that the row covers (0 where there are none); smaller multiples of 8 run on it
+    too. mask is the policy, '' where there is none; scored: with the modified score (softcap, ALiBi, key bias). block_m and
+    block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the C++ type that the kernel template
+    is instantiated with.
     """
 
     op: str
@@ -95,7 +105,7 @@ class Variant:
     def unit(self) -> str:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
         if self.op != "fwd":
-            return f"small_{self.arch}_{self.dtype}" if self.dtype != "f32" else f"small_{self.arch}_bf16"
+            return f"small_{self.arch}_{self.dtype if self.dtype in CXX_ELEMENT else 'bf16'}"
         return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored
 
     @property
@@ -182,7 +192,17 @@ def _fill_unused() -> list[Variant]:
     ]  # fmt: skip
 
 
-VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_bwd_preprocess(), *_fill_unused())
+def _mask_blocks() -> list[Variant]:
+    return [
+        Variant(
+            op="mask_blocks", arch=arch, dtype="", head_dim=0, head_dim_v=0, mask="", block_m=128, block_n=128,
+            config="MaskBlocksConfig",
+        )
+        for arch in ARCHITECTURES
+    ]  # fmt: skip
+
+
+VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_bwd_preprocess(), *_fill_unused(), *_mask_blocks())
 
 
 def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:

@@ -102,4 +102,13 @@ struct BwdPreprocessParams {
   int head_dim_v;        // a multiple of 8
 };
 
+struct MaskBlocksParams {
+  const uint8_t* mask;  // (num_masks, seqlen_q, seqlen_k) contiguous, a byte for each score, 0: hidden
+  uint8_t* kinds;       // (num_masks, blocks of queries, blocks of keys), a BlockKind each
+  uint32_t* bits;       // (num_masks, blocks of queries, blocks of keys, 2, kMaskBlock, kMaskWords); written for partial blocks
+  int64_t num_masks;
+  int seqlen_q;
+  int seqlen_k;
+};
+
 }  // namespace flash_ext

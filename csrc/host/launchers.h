@@ -11,11 +11,13 @@ namespace flash_ext {
 
 using FwdLauncher = cudaError_t (*)(const FwdParams&, cudaStream_t);
 using FillUnusedLauncher = cudaError_t (*)(const FillUnusedParams&, cudaStream_t);
+using MaskBlocksLauncher = cudaError_t (*)(const MaskBlocksParams&, cudaStream_t);
 using BwdPreprocessLauncher = cudaError_t (*)(const BwdPreprocessParams&, cudaStream_t);
 
 // Null when this build holds no such variant.
 FwdLauncher find_fwd(std::string_view variant);
 FillUnusedLauncher find_fill_unused(std::string_view variant);
 BwdPreprocessLauncher find_bwd_preprocess(std::string_view variant);
+MaskBlocksLauncher find_mask_blocks(std::string_view variant);
 
 }  // namespace flash_ext

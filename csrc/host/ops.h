@@ -33,4 +33,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dou
 
 std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, std::optional<Tensor> dlse);
 
+std::tuple<Tensor, Tensor> mask_blocks(Tensor mask);
+
 }  // namespace flash_ext

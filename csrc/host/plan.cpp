@@ -285,4 +285,14 @@ const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const D
   return nullptr;
 }
 
+const Variant* plan_mask_blocks(const DeviceInfo& device) {
+  for (const KernelBackend& backend : kKernelBackends) {
+    if (!device_runs(device, backend.arch)) continue;
+    for (const Variant& variant : variants()) {
+      if (variant.op == Op::k_mask_blocks && variant.arch == backend.arch) return &variant;
+    }
+  }
+  return nullptr;
+}
+
 }  // namespace flash_ext

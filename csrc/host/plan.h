@@ -42,4 +42,7 @@ const Variant* plan_fill_unused(const DeviceInfo& device);
 // The variant of the backward's first step, or null when this build or device has none.
 const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device);
 
+// The row for this device, or null.
+const Variant* plan_mask_blocks(const DeviceInfo& device);
+
 }  // namespace flash_ext

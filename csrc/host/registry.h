@@ -8,9 +8,9 @@
 
 namespace flash_ext {
 
-enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
 
-enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess, k_fill_unused };
+enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess, k_fill_unused, k_mask_blocks };
 
 // In the order of generality: a mask can stand in for every one before it.
 enum class Mask : uint8_t { k_none, k_full, k_causal, k_local };
