@@ -23,11 +23,11 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     k_bias: Tensor | None = None,
-    block_mask: BlockMask | None = None,
     return_lse: bool = False,
     return_max_logit: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention, differentiable, in memory linear in the sequence length.
 

@@ -134,7 +134,7 @@ def test_the_signatures_are_the_promised_ones() -> None:
     options = (
         "causal: 'bool' = False, softmax_scale: 'float | None' = None, window_size: 'tuple[int, int]' = (-1, -1), "
         f"softcap: 'float' = 0.0, {scores}return_lse: 'bool' = False, return_max_logit: 'bool' = False, "
-        "deterministic: 'bool | None' = None, backend: 'str | None' = None)"
+        "deterministic: 'bool | None' = None, backend: 'str | None' = None"
     )
     qkv = "(q: 'Tensor', k: 'Tensor', v: 'Tensor', *, "
     sequences = "cu_seqlens_q: 'Tensor', cu_seqlens_k: 'Tensor', " + "".join(
