@@ -39,6 +39,7 @@ class Kernel:
 
 KERNELS = {
     ("fwd", "sm90"): Kernel("fwd", "sm90/fwd.cuh", "FwdParams", "sm90::flash_fwd_sm90", "sm90::launch_fwd"),
+    ("fwd", "sm80"): Kernel("fwd", "sm80/fwd.cuh", "FwdParams", "sm80::flash_fwd_sm80", "sm80::launch_fwd"),
     **{
         ("bwd_preprocess", arch): Kernel(
             "bwd_preprocess",
@@ -81,7 +82,8 @@ class Variant:
     none. head_dim and head_dim_v are the largest that the row covers (0 where there are none); smaller multiples of 8 run on it
     too. mask is the policy, '' where there is none; scored: with the modified score (softcap, ALiBi, key bias). block_m and
     block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the C++ type that the kernel template
-    is instantiated with.
+    is instantiated with. smem_kib: rows that differ in it alone are tiles for devices whose CTAs may have that much shared
+    memory (in KiB); the planner takes the largest that fits. 0: one tile for every device.
     """
 
     op: str
@@ -94,11 +96,13 @@ class Variant:
     block_n: int
     config: str
     scored: bool = False
+    smem_kib: int = 0
 
     @property
     def name(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         parts = (self.op, self.arch, self.dtype, dims if self.head_dim else "", self.mask, "scored" if self.scored else "")
+        parts += (f"smem{self.smem_kib}",) if self.smem_kib else ()
         return "_".join(filter(None, parts))
 
     @property
@@ -165,6 +169,43 @@ def _fwd_sm90() -> list[Variant]:
     ]
 
 
+# As FWD_SM90_TILES, for sm80/fwd.cuh, by shared memory of a CTA in KiB: 163 is what 8.0 has (9.0 and 10.0 more), 99 what 8.6,
+# 8.9 and 12.0 have. With a modified score, the tiles of head_dim 64 and 128 are those of 99 everywhere.
+FWD_SM80_TILES = {
+    (64, 64, 163): (128, 128),
+    (64, 64, 99): (128, 64),
+    (128, 128, 163): (128, 64),
+    (128, 128, 99): (128, 64),
+    (192, 192, 163): (128, 64),
+    (192, 192, 99): (64, 64),
+    (256, 256, 163): (128, 64),
+    (256, 256, 99): (64, 64),
+}
+
+
+def _fwd_sm80() -> list[Variant]:
+    return [
+        Variant(
+            op="fwd",
+            arch="sm80",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            mask=mask,
+            block_m=tile[0],
+            block_n=tile[1],
+            config=f"sm80::FwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, flash_ext::{CXX_MASK[mask]}, "
+            f"flash_ext::{CXX_SCORE[scored]}, flash_ext::sm80::SharedLimit::k{smem_kib}>",
+            scored=scored,
+            smem_kib=smem_kib,
+        )
+        for dtype in ("bf16", "fp16")
+        for (head_dim, head_dim_v, smem_kib), tile in FWD_SM80_TILES.items()
+        for mask, scored in (("full", False), ("causal", False), ("local", False), ("local", True))
+        if not (scored and smem_kib == 163 and head_dim <= 128)
+    ]
+
+
 def _bwd_preprocess() -> list[Variant]:
     return [
         Variant(
@@ -202,7 +243,7 @@ def _mask_blocks() -> list[Variant]:
     ]  # fmt: skip
 
 
-VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_bwd_preprocess(), *_fill_unused(), *_mask_blocks())
+VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_fwd_sm80(), *_bwd_preprocess(), *_fill_unused(), *_mask_blocks())
 
 
 def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:
@@ -249,7 +290,8 @@ def table_source(rows: list[Variant]) -> str:
     """The rows as data, for the planner: no CUDA, so that it compiles anywhere."""
     entries = [
         f'    {{"{r.name}", Op::k_{r.op}, {r.arch[2:]}, {CXX_SCALAR_TYPE[r.dtype]}, {r.head_dim}, {r.head_dim_v}, '
-        f"Mask::k_{r.mask or 'none'}, Score::k_{'modified' if r.scored else 'plain'}, {r.block_m}, {r.block_n}}},"
+        f"Mask::k_{r.mask or 'none'}, Score::k_{'modified' if r.scored else 'plain'}, {r.block_m}, {r.block_n}, "
+        f"{r.smem_kib * 1024}}},"
         for r in rows
     ]
     return (

@@ -20,6 +20,10 @@ FX_HOST_DEVICE constexpr int staging_source(int pair, int r) {
 FX_HOST_DEVICE constexpr uint32_t staging_write_offset(int lane, int pair) {
   return swizzle_128b((lane % 8 + 8 * (lane / 8 % 2)) * kSlabRowBytes + (2 * pair + lane / 16) * 16);
 }
+// The same without stmatrix: where register r's pair of columns goes.
+FX_HOST_DEVICE constexpr uint32_t staging_word_offset(int lane, int pair, int r) {
+  return swizzle_128b((lane / 4 + 8 * (r & 1)) * kSlabRowBytes + (2 * pair + (r >> 1)) * 16) + lane % 4 * 4;
+}
 // Then eight lanes read a row of 128 bytes; pass p covers rows 4p to 4p + 3.
 FX_HOST_DEVICE constexpr int staging_read_row(int lane, int pass) { return 4 * pass + lane / 8; }
 FX_HOST_DEVICE constexpr uint32_t staging_read_offset(int lane, int pass) {
@@ -27,6 +31,20 @@ FX_HOST_DEVICE constexpr uint32_t staging_read_offset(int lane, int pass) {
 }
 
 #ifdef __CUDACC__
+// The 16 columns `pair` of a slab go to the staging area: one stmatrix, or four stores where there is none.
+__device__ __forceinline__ void stage_16_columns(uint32_t staging, int lane, int pair, const uint32_t (&words)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(staging + staging_write_offset(lane, pair)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(staging + staging_word_offset(lane, pair, r)), "r"(words[r]) : "memory");
+  }
+#endif
+}
+
 // One predicated 16-byte store: from an assignment in a branch the compiler has made four stores.
 __device__ __forceinline__ void store_16_bytes_if(bool predicate, void* address, const uint32_t (&words)[4]) {
   asm volatile(
@@ -57,10 +75,7 @@ __device__ __forceinline__ void store_warp_rows(const float (&acc)[kNumAcc], uin
         const int i = kAccPerSlab * slab + staging_source(pair, r);
         words[r] = i < kNumAcc ? pack_pair<Element>(acc[i], acc[i + 1]) : 0;
       }
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                   ::"r"(staging + staging_write_offset(lane, pair)), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                   "r"(words[3])
-                   : "memory");
+      stage_16_columns(staging, lane, pair, words);
     }
     __syncwarp();
 #pragma unroll

@@ -14,6 +14,8 @@ struct OnlineSoftmax {
   float scaled_max[2];  // row_max * scale, rounded once: what weights refer to
   float row_sum[2] = {0.f, 0.f};  // this thread's part of the sum of weights
 
+  OnlineSoftmax() = default;  // for arrays, assigned before use
+
   // The maxima start finite, and so do their products with the scale: scores of -inf, hidden or not, get the weight
   // exp2(-inf - finite) = 0 with no guard in any loop.
   __device__ __forceinline__ explicit OnlineSoftmax(float scale) {

@@ -99,22 +99,23 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
   return reasons;
 }
 
-// Whether row a does less work than row b: fewer columns first, then the less general score and mask.
+// Whether row a does less work than row b: fewer columns first, then the less general score and mask, then the larger tile.
 bool is_smaller(const Variant& a, const Variant& b) {
   const auto cost = [](const Variant& row) {
-    return std::tuple(row.head_dim + row.head_dim_v, static_cast<int>(row.score), static_cast<int>(row.mask));
+    return std::tuple(row.head_dim + row.head_dim_v, static_cast<int>(row.score), static_cast<int>(row.mask),
+                      -row.smem_bytes);
   };
   return cost(a) < cost(b);
 }
 
 // The row of this backend that covers the problem with the least work, or the reasons against the one that comes closest.
-const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& problem, const char* direction,
-                        std::vector<std::string>* reasons) {
+const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& problem, const DeviceInfo& device,
+                        const char* direction, std::vector<std::string>* reasons) {
   const Wanted wanted{mask_of(problem), score_of(problem)};
   const Variant* smallest = nullptr;
   std::optional<unsigned> closest;
   for (const Variant& row : variants()) {
-    if (row.op != op || row.arch != backend.arch) continue;
+    if (row.op != op || row.arch != backend.arch || row.smem_bytes > device.smem_bytes) continue;
     const unsigned mismatch = mismatches(row, problem, wanted);
     if (mismatch == 0 && (smallest == nullptr || is_smaller(row, *smallest))) smallest = &row;
     if (!closest || std::popcount(mismatch) < std::popcount(*closest)) closest = mismatch;
@@ -155,7 +156,9 @@ void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& dev
   plan->heads_per_tile = heads_per_tile(problem, *plan->variant);
   plan->num_splits = static_cast<int>(std::max<int64_t>(1, problem.num_parts));
   const int64_t items = num_items(problem, plan->variant->block_m / plan->heads_per_tile, plan->heads_per_tile);
-  plan->grid = {std::max<int64_t>(1, std::min<int64_t>(device.num_sms, items)), 1, 1};  // persistent: a CTA an SM
+  // Hopper's kernels are persistent, a CTA an SM; the others take one item a CTA.
+  const int64_t most = plan->variant->arch == 90 ? device.num_sms : items;
+  plan->grid = {std::max<int64_t>(1, std::min<int64_t>(most, items)), 1, 1};
   const std::pair<const char*, const TensorLayout*> inputs[] = {{"q", &problem.q}, {"k", &problem.k}, {"v", &problem.v}};
   for (const auto& [name, layout] : inputs) {
     const char* reason = why_copied(*layout, problem.dtype);
@@ -183,7 +186,7 @@ FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op o
     if (device.arch == 0) {
       reasons.push_back("the tensors are not on a CUDA device");
     } else {
-      row = find_row(backend, op, problem, direction, &reasons);
+      row = find_row(backend, op, problem, device, direction, &reasons);
       if (!device_runs(device, backend.arch)) {
         reasons.push_back("needs compute capability " + capability(backend.arch) +
                           (backend.arch == 90 ? "" : " or later") + ", this GPU has " + capability(device.arch));

@@ -30,6 +30,7 @@ struct Variant {
   Score score;
   int block_m;
   int block_n;
+  int smem_bytes;  // what a CTA of the device must be allowed, where rows differ in that; 0: every device has enough
 };
 
 std::span<const Variant> variants();

@@ -1,0 +1,397 @@
+// Forward for compute capability 8.0 and later without wgmma: out = softmax(scale * Q K^T) V and its log-sum-exp.
+// Pipeline, memory and tiles: docs/sm80.md.
+//
+// A CTA takes one tile of kBlockM queries. Q lies in shared memory; K and V arrive tile by tile through stages that all
+// threads fill by cp.async. A warp owns kRowTiles times 16 rows of Q and computes, per tile of kBlockN keys, S = Q K^T, the
+// online softmax and O += P V, with S, P and O in registers. Other warps and CTAs of the SM fill the tensor cores while
+// one does softmax.
+#pragma once
+
+#include "common/masks.cuh"
+#include "common/math.cuh"
+#include "common/outputs.cuh"
+#include "common/params.h"
+#include "common/scheduler.cuh"
+#include "common/scores.cuh"
+#include "common/seqlens.cuh"
+#include "common/softmax.cuh"
+#include "common/swizzle.cuh"
+#include "common/tiles.cuh"
+#include "common/work.cuh"
+#include "sm80/primitives.cuh"
+#include "sm80/tile_copy.cuh"
+
+namespace flash_ext::sm80 {
+
+// What a CTA may have: 163 KB on 8.0 (and more on 9.0 and 10.0), 99 KB on 8.6, 8.9 and 12.0.
+enum class SharedLimit { k163, k99 };
+constexpr int bytes_of(SharedLimit limit) { return (limit == SharedLimit::k163 ? 163 : 99) * 1024; }
+
+// Tile sizes. Where tensor cores are fast (k163), matrix loads from shared memory must be shared by 32 rows a warp, else
+// they take as long as the products; O of 32 rows fits the registers up to head_dim 128, beside a plain score. Elsewhere
+// more warps are better. kStagesK, kStagesV: 2 and 2, 2 and 1, or 1 and 1; see `step`.
+template <int kHeadDim, SharedLimit kLimit, bool kModifiesScores>
+struct FwdTile;
+template <>
+struct FwdTile<64, SharedLimit::k163, false> {
+  static constexpr int kBlockM = 128, kBlockN = 128, kWarps = 4, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 2;
+};
+template <>
+struct FwdTile<128, SharedLimit::k163, false> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 4, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 2;
+};
+template <bool kModifiesScores>
+struct FwdTile<192, SharedLimit::k163, kModifiesScores> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStagesK = 2, kStagesV = 2, kMinBlocksPerSm = 1;
+};
+template <bool kModifiesScores>
+struct FwdTile<256, SharedLimit::k163, kModifiesScores> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 1;
+};
+template <bool kModifiesScores>
+struct FwdTile<64, SharedLimit::k99, kModifiesScores> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStagesK = 2, kStagesV = 2, kMinBlocksPerSm = kModifiesScores ? 1 : 2;
+};
+template <bool kModifiesScores>
+struct FwdTile<128, SharedLimit::k99, kModifiesScores> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStagesK = 2, kStagesV = 2, kMinBlocksPerSm = 1;
+};
+template <bool kModifiesScores>
+struct FwdTile<192, SharedLimit::k99, kModifiesScores> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kWarps = 4, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 1;
+};
+template <bool kModifiesScores>
+struct FwdTile<256, SharedLimit::k99, kModifiesScores> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kWarps = 4, kStagesK = 1, kStagesV = 1, kMinBlocksPerSm = 1;
+};
+
+// A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: copies fill the other columns with zeros.
+template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_, SharedLimit kLimit_>
+struct FwdConfig : FwdTile<kHeadDim_, kLimit_, Score_::kModifies> {
+  using Tile = FwdTile<kHeadDim_, kLimit_, Score_::kModifies>;
+  using Element = Element_;
+  using Mask = Mask_;
+  using Score = Score_;
+  using Tiles = RangeTiles<Mask>;
+  using Output = DenseOutput<Element>;
+  static constexpr SharedLimit kLimit = kLimit_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kNumThreads = Tile::kWarps * 32;
+  static constexpr int kWarpRows = Tile::kBlockM / Tile::kWarps;
+  static constexpr int kRowTiles = kWarpRows / kRowsPerWarp;  // of 16 rows, a warp
+  // Bytes of a tile with this many rows, in whole slabs.
+  static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kKeyTileBytes = Tile::kBlockN * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kValueTileBytes = Tile::kBlockN * num_slabs(kHeadDimV) * kSlabRowBytes;
+
+  static_assert(kWarpRows % kRowsPerWarp == 0 && kRowTiles > 0, "a warp owns whole row tiles of mma.sync");
+  static_assert(Tile::kBlockN % 16 == 0, "P V steps through 16 keys at a time");
+  static_assert(kHeadDim % kSlabColumns == 0, "Q K^T steps through slabs");
+  static_assert(kHeadDimV % 16 == 0, "P V writes 16 columns at a time");
+  static_assert(Tile::kStagesK >= Tile::kStagesV && Tile::kStagesK <= 2, "see `step`");
+};
+
+template <class Config>
+struct SharedStorage {
+  // 128: within a line, the swizzle depends on the row alone.
+  alignas(kSlabRowBytes) uint8_t q[Config::kQueryTileBytes];  // at the end each warp's output, in its own rows
+  alignas(kSlabRowBytes) uint8_t k[Config::kStagesK][Config::kKeyTileBytes];
+  alignas(kSlabRowBytes) uint8_t v[Config::kStagesV][Config::kValueTileBytes];
+  // What the CTA works on: here, since the main loop has no registers for it.
+  QueryTile queries;
+  KeyTiles tiles;
+  const uint8_t *k_rows, *v_rows;  // the sequence's first, of this head
+};
+
+// Address of a head's first row in a sequence.
+__device__ __forceinline__ const uint8_t* rows_of(const void* tensor, const RowStrides& strides, const RowRange& rows, int head) {
+  return static_cast<const uint8_t*>(tensor) +
+         2 * (rows.batch * strides.batch + rows.first_row * strides.row + head * strides.head);
+}
+
+// ptxas moves the last additions of the row sums behind the barrier, among the products of P V, where registers are scarcest
+// at head_dim 128. A store that is never executed, since sums are never below zero, keeps them before it.
+template <int kRowTiles>
+__device__ __forceinline__ void complete_sums(const OnlineSoftmax (&softmax)[kRowTiles]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) sum += softmax[r].row_sum[0] + softmax[r].row_sum[1];
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 nowhere;\nmov.b32 nowhere, 0;\nsetp.lt.f32 p, %0, 0f00000000;\n"
+      "@p st.shared.f32 [nowhere], %0;\n}" ::"f"(sum)
+      : "memory");
+}
+
+template <class Config>
+__device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
+  using Element = typename Config::Element;
+  using Score = typename Config::Score;
+  constexpr int kRowTiles = Config::kRowTiles;
+  constexpr int kNumAccS = Config::kBlockN / 2;
+  constexpr int kNumAccO = Config::kHeadDimV / 2;
+  constexpr int kRowTileBytes = kRowsPerWarp * kSlabRowBytes;
+  using QueryCopy = TileCopy<Config::kBlockM, Config::kHeadDim, Config::kNumThreads>;
+  using KeyCopy = TileCopy<Config::kBlockN, Config::kHeadDim, Config::kNumThreads>;
+  using ValueCopy = TileCopy<Config::kBlockN, Config::kHeadDimV, Config::kNumThreads>;
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
+
+  const auto softmax_scale = [&] { return Score::kModifies ? 1.f : fold_scale(params.score.softmax_scale).log2_scale; };
+  const auto read_warp_row = [] { return read_thread() / 32 * Config::kWarpRows; };  // within the tile of queries
+  const typename Config::Mask mask(params.mask);
+
+  // The i-th tile visited; only the first one may reach beyond the sequence.
+  const auto load_k = [&](int i, int num_rows) {
+    const int first = shared.tiles.n_block(i) * Config::kBlockN;
+    KeyCopy::copy(shared_address(shared.k[i % Config::kStagesK]), num_rows, params.head_dim,
+                  shared.k_rows + int64_t{2} * first * params.k_strides.row, 2 * params.k_strides.row);
+  };
+  const auto load_v = [&](int i, int num_rows) {
+    const int first = shared.tiles.n_block(i) * Config::kBlockN;
+    ValueCopy::copy(shared_address(shared.v[i % Config::kStagesV]), num_rows, params.head_dim_v,
+                    shared.v_rows + int64_t{2} * first * params.v_strides.row, 2 * params.v_strides.row);
+  };
+  const auto rows_from = [&](int i) { return shared.queries.sequence.k.num_rows - shared.tiles.n_block(i) * Config::kBlockN; };
+
+  {
+    const int thread = read_thread();
+    const QueryTile queries =
+        warp_query_tile<Config::kBlockM>(params, params.schedule.item(read_block()), read_lane());
+    if (!queries.exists()) return;
+    const Sequence& sequence = queries.sequence;
+    const KeyTiles tiles = Config::Tiles::template key_tiles<Config::kBlockN>(mask, sequence, queries.first_position,
+                                                                              queries.last_position(Config::kBlockM));
+    if (thread == 0) {
+      shared.queries = queries;
+      shared.tiles = tiles;
+      shared.k_rows = rows_of(params.k, params.k_strides, sequence.k, queries.head_kv);
+      shared.v_rows = rows_of(params.v, params.v_strides, sequence.k, queries.head_kv);
+    }
+    if (tiles.num_tiles > 0) {
+      const uint8_t* first = rows_of(params.q, params.q_strides, sequence.q, queries.head_kv * queries.group);
+      QueryCopy::copy(shared_address(shared.q), params.head_dim, [&](int row) {
+        return queries.holds(row) ? first + 2 * (queries.position(row) * params.q_strides.row +
+                                                 queries.head_in_group(row) * params.q_strides.head)
+                                  : nullptr;
+      });
+    }
+    const FoldedScale scale = fold_scale(params.score.softmax_scale);
+    if (!Score::kModifies && tiles.num_tiles > 0 && scale.changes_q()) {  // a scale that is not positive: each thread rewrites what it copied
+      commit_copies();
+      wait_for_copies<0>();
+#pragma unroll 1
+      for (int slab = 0; slab < num_slabs(Config::kHeadDim); ++slab) {
+#pragma unroll 1
+        for (int pass = 0; pass < QueryCopy::kPasses; ++pass) {
+          uint4& chunk = *reinterpret_cast<uint4*>(shared.q + QueryCopy::offset(thread, pass, slab));
+          uint4 words = chunk;
+          for (uint32_t* word : {&words.x, &words.y, &words.z, &words.w}) {
+            *word = (*word & scale.q_keep_bits) ^ scale.q_flip_bits;
+          }
+          chunk = words;
+        }
+      }
+    }
+  }
+  __syncthreads();
+  if (shared.tiles.num_tiles > 0) {
+    load_k(0, rows_from(0));
+    if constexpr (Config::kStagesV == 2) load_v(0, rows_from(0));
+  }
+  commit_copies();
+
+  float acc_s[kRowTiles][kNumAccS], acc_o[kRowTiles][kNumAccO];
+  uint32_t p_regs[kRowTiles][kNumAccS / 2];
+  OnlineSoftmax softmax[kRowTiles];
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    softmax[r] = OnlineSoftmax(softmax_scale());
+#pragma unroll
+    for (float& x : acc_o[r]) x = 0.f;
+  }
+
+  const auto scores = [&](uint32_t k_tile) {
+    const int lane = read_lane();
+    const uint32_t q_lane = shared_address(shared.q) + read_warp_row() * kSlabRowBytes + tall_offset(lane);
+    const uint32_t k_lane = k_tile + wide_offset(lane);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (float& x : acc_s[r]) x = 0.f;
+    }
+    // Slabs one after another: unrolled over all of them, ptxas loads operands far ahead and spills.
+#pragma unroll 1
+    for (int slab = 0; slab < num_slabs(Config::kHeadDim); ++slab) {
+      const uint32_t q_slab = q_lane + slab * Config::kBlockM * kSlabRowBytes;
+      const uint32_t k_slab = k_lane + slab * Config::kBlockN * kSlabRowBytes;
+#pragma unroll
+      for (int step = 0; step < kStepsPerSlab; ++step) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) load_matrices(a[r], (q_slab ^ step_bits(step)) + r * kRowTileBytes);
+#pragma unroll
+        for (int pair = 0; pair < Config::kBlockN / 16; ++pair) {
+          uint32_t b[4];
+          load_matrices(b, (k_slab ^ step_bits(step)) + pair * kRowTileBytes);
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            mma<Element>(&acc_s[r][8 * pair], a[r], b);
+            mma<Element>(&acc_s[r][8 * pair + 4], a[r], b + 2);
+          }
+        }
+      }
+    }
+  };
+  const auto output = [&](uint32_t v_tile) {
+    const uint32_t v_lane = v_tile + tall_offset(read_lane());
+#pragma unroll
+    for (int step = 0; step < Config::kBlockN / 16; ++step) {
+#pragma unroll
+      for (int pair = 0; pair < Config::kHeadDimV / 16; ++pair) {
+        const int slab = pair / kStepsPerSlab;
+        uint32_t b[4];
+        load_matrices_transposed(
+            b, (v_lane ^ step_bits(pair)) + slab * Config::kBlockN * kSlabRowBytes + step * kRowTileBytes);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          mma<Element>(&acc_o[r][8 * pair], &p_regs[r][4 * step], b);
+          mma<Element>(&acc_o[r][8 * pair + 4], &p_regs[r][4 * step], b + 2);
+        }
+      }
+    }
+  };
+
+  const auto position_of = [&](int row_tile, int half, int lane) {
+    return shared.queries.position(read_warp_row() + row_tile * kRowsPerWarp + acc_row(lane, half));
+  };
+  const auto hide = [&](int n_block) {
+    const int lane = read_lane();
+    const int first_key = n_block * Config::kBlockN + acc_first_col(lane);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      typename RowBits<kNumAccS>::Word visible[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int position = position_of(r, half, lane);
+        const int end = mask.visible_end(position, shared.queries.sequence) - first_key;
+        visible[half] = Config::Tiles::kMaskedLeft
+                            ? RowBits<kNumAccS>::between(mask.visible_begin(position, shared.queries.sequence) - first_key, end)
+                            : RowBits<kNumAccS>::before(end);
+      }
+      hide_keys(acc_s[r], visible);
+    }
+  };
+  static_assert(!Score::kModifies || kRowTiles == 1, "one score policy holds the numbers of two rows");
+  const int score_rows[2] = {read_warp_row() + acc_row(read_lane(), 0), read_warp_row() + acc_row(read_lane(), 1)};
+  const Score score(params.score, shared.queries.sequence.k, shared.queries.index, shared.queries.head_kv,
+                    {shared.queries.existing_head(score_rows[0]), shared.queries.existing_head(score_rows[1])});
+
+  // One tile of keys. A stage is filled again once a barrier has shown that every warp has read it:
+  //   stages 2, 2: the copies of the next K and V run during the whole step;
+  //   stages 2, 1: V's own copy runs during the scores and the softmax, that of the next K during the whole step;
+  //   stages 1, 1: V's copy runs during the scores and the softmax, that of the next K during P V.
+  const auto step = [&](int i) {
+    wait_for_copies<0>();
+    __syncthreads();
+    const KeyTiles& tiles = shared.tiles;
+    const RowRange& keys = shared.queries.sequence.k;
+    const bool more = i + 1 < tiles.num_tiles;
+    const auto biases = score.template load_tile<Config::kBlockN>(keys, tiles.n_block(i), read_lane());
+    if constexpr (Config::kStagesV == 1) {
+      load_v(i, i == 0 ? rows_from(0) : Config::kBlockN);
+      commit_copies();
+    }
+    if constexpr (Config::kStagesK == 2) {
+      if (more) load_k(i + 1, Config::kBlockN);
+      if constexpr (Config::kStagesV == 2) {
+        if (more) load_v(i + 1, Config::kBlockN);
+      }
+      commit_copies();
+    }
+    scores(shared_address(shared.k[i % Config::kStagesK]));
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      if constexpr (Score::kModifies) {
+        const int lane = read_lane();
+        const int from = shared.queries.sequence.diagonal - tiles.n_block(i) * Config::kBlockN - acc_first_col(lane);
+        score.template modify<Config::kBlockN>(acc_s[r], biases,
+                                               {position_of(r, 0, lane) + from, position_of(r, 1, lane) + from}, lane);
+      }
+    }
+    // A branch, not loops of their own: the tile's code then stands once.
+    if (i < tiles.num_masked || (Config::Tiles::kMaskedLeft && i >= tiles.full_end)) hide(tiles.n_block(i));
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      float rescale[2];
+      softmax[r].update(acc_s[r], softmax_scale(), rescale);
+#pragma unroll
+      for (int n = 0; n < kNumAccS / 2; ++n) p_regs[r][n] = pack_pair<Element>(acc_s[r][2 * n], acc_s[r][2 * n + 1]);
+#pragma unroll
+      for (int n = 0; n < kNumAccO; ++n) acc_o[r][n] *= rescale[acc_half(n)];
+    }
+    if constexpr (Config::kStagesV == 1) {
+      if constexpr (kRowTiles * kNumAccO >= 128) complete_sums(softmax);
+      wait_for_copies<Config::kStagesK - 1>();
+      __syncthreads();
+      if constexpr (Config::kStagesK == 1) {
+        if (more) load_k(i + 1, Config::kBlockN);
+        commit_copies();
+      }
+    }
+    output(shared_address(shared.v[i % Config::kStagesV]));
+  };
+
+#pragma unroll 1
+  for (int i = 0; i < shared.tiles.num_tiles; ++i) step(i);
+
+  const QueryTile done = shared.queries;
+  const int lane = read_lane();
+  const int first_row = read_warp_row();
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    const int tile_row = first_row + r * kRowsPerWarp;
+    float normalise[2], lse[2], largest[2], sinks[2] = {-INFINITY, -INFINITY};
+    if (params.sinks != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sinks[half] = params.sinks[done.existing_head(tile_row + acc_row(lane, half))];
+      }
+    }
+    softmax[r].finish(sinks, normalise, lse, largest);
+    if (params.max_logit != nullptr) store_max_logit(params.max_logit, done, tile_row, largest, lane);
+#pragma unroll
+    for (int n = 0; n < kNumAccO; ++n) acc_o[r][n] *= normalise[acc_half(n)];
+    // Rows without keys: the hidden values that met their zero weights may have been NaN.
+    if (normalise[0] == 0.f || normalise[1] == 0.f) {
+#pragma unroll
+      for (int n = 0; n < kNumAccO; ++n) {
+        if (normalise[acc_half(n)] == 0.f) acc_o[r][n] = 0.f;
+      }
+    }
+    typename Config::Output out(params, done, tile_row);
+    out.store_lse(lse, lane);
+    // Staged in the warp's own rows of Q's first slab, which no other warp reads.
+    __syncwarp();
+    out.store_rows(acc_o[r], shared_address(shared.q) + tile_row * kSlabRowBytes, lane);
+  }
+}
+
+// kernel: the variant's entry, an instance of flash_fwd_sm80<Config>. Sizes, dtype and alignment have been checked.
+template <class Config, class Kernel>
+cudaError_t launch_fwd(Kernel* kernel, FwdParams params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
+  static_assert(kSharedBytes <= bytes_of(Config::kLimit), "the tile does not fit the devices that it is made for");
+
+  if (params.batch == 0 || params.num_heads == 0 || params.seqlens_q.num_rows == 0) return cudaSuccess;
+  params.schedule = make_fwd_schedule(params, Config::kBlockM);
+
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(params.schedule.num_items())),
+                          dim3(Config::kNumThreads), arguments, kSharedBytes, stream);
+}
+
+}  // namespace flash_ext::sm80
