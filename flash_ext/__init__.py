@@ -11,6 +11,7 @@ from .block_sparse import block_sparse_attention
 from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning
 from .jagged import attention_dense_jagged, attention_jagged
+from .kvcache import attention_with_kvcache
 from .masks import document_mask, prefix_lm_mask, rcm_permutation, sliding_window_mask, tree_mask
 from .merge import merge_attention
 from .packing import PackingCollator, attention_packed, cu_seqlens_from_position_ids
@@ -23,7 +24,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 __all__ = [
     "BlockMask", "Explanation", "FallbackWarning", "PackingCollator", "attention", "attention_dense_jagged",
-    "attention_jagged", "attention_packed", "attention_partials", "attention_varlen", "block_sparse_attention",
-    "compat", "create_block_mask", "cu_seqlens_from_position_ids", "document_mask", "explain", "merge_attention",
-    "prefix_lm_mask", "rcm_permutation", "sliding_window_mask", "supported", "tree_mask",
+    "attention_jagged", "attention_packed", "attention_partials", "attention_varlen", "attention_with_kvcache",
+    "block_sparse_attention", "compat", "create_block_mask", "cu_seqlens_from_position_ids", "document_mask", "explain",
+    "merge_attention", "prefix_lm_mask", "rcm_permutation", "sliding_window_mask", "supported", "tree_mask",
 ]  # fmt: skip
