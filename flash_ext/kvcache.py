@@ -157,7 +157,7 @@ def _reference(
 
 
 def _kvcache(*arguments):
-    *inputs, num_splits, validate, backend = arguments
+    *inputs, _, validate, backend = arguments
     if validate:
         _check_values(*inputs)
     if backend not in (None, "reference"):

@@ -278,7 +278,7 @@ def test_bad_arguments_come_in_one_message() -> None:
         "cache_batch_idx must be None with a page_table",
     ):  # fmt: skip
         assert part in message, (part, message)
-    with pytest.raises(TypeError, match="cache_seqlens must be an int or a torch.Tensor, got float; .*causal must be a bool"):
+    with pytest.raises(TypeError, match=r"cache_seqlens must be an int or a torch\.Tensor, got float; .*causal must be a bool"):
         attention_with_kvcache(**{**made, "cache_seqlens": 3.0}, causal=1)
     with pytest.raises(ValueError, match="backend 'sm90' cannot run this call"):
         attention_with_kvcache(**made, backend="sm90")
