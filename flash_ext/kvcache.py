@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import env, ops, reference_kvcache
 from .kvcache_arguments import check_arguments, check_values
-from .reference import Scoring, accumulation_dtype
+from .reference_kvcache import Scoring, accumulation_dtype
 
 _SCHEMA = (
     "kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_seqlens, "

@@ -16,10 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference import Scoring, accumulation_dtype
-
 KEY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22  # elements of a tile of scores
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What turns q . k into a masked score. A window side of -1 is unbounded; causal has become right = 0."""
+
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    softcap: float
 
 
 @dataclass(frozen=True)
