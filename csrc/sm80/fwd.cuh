@@ -270,16 +270,16 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
     const int first_key = n_block * Config::kBlockN + acc_first_col(lane);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      typename RowBits<kNumAccS>::Word visible[2];
+      typename HiddenBits<kNumAccS>::Word hidden[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int position = position_of(r, half, lane);
         const int end = mask.visible_end(position, shared.queries.sequence) - first_key;
-        visible[half] = Config::Tiles::kMaskedLeft
-                            ? RowBits<kNumAccS>::between(mask.visible_begin(position, shared.queries.sequence) - first_key, end)
-                            : RowBits<kNumAccS>::before(end);
+        hidden[half] = Config::Tiles::kMaskedLeft
+                            ? HiddenBits<kNumAccS>::outside(mask.visible_begin(position, shared.queries.sequence) - first_key, end)
+                            : HiddenBits<kNumAccS>::from(end);
       }
-      hide_keys(acc_s[r], visible);
+      hide_keys(acc_s[r], hidden);
     }
   };
   static_assert(!Score::kModifies || kRowTiles == 1, "one score policy holds the numbers of two rows");
