@@ -187,7 +187,8 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
         {"backend": "sm75"},
         ValueError,
         [
-            "backend must be one of sm90, sm80, reference or None, got 'sm75' (flash_ext.supported(q, k, v) says why each cannot run)"
+            "backend must be one of sm90, sm80, reference or None, got 'sm75' "
+            "(flash_ext.supported(q, k, v) says why each cannot run)"
         ],
     ),
     # several at once
@@ -204,7 +205,8 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
             "softmax_scale must be finite, got inf",
             "window_size left must be -1 (unbounded) or at least 0, got -5",
             "softcap must be finite and at least 0 (0: off), got -2",
-            "backend must be one of sm90, sm80, reference or None, got 'cuda' (flash_ext.supported(q, k, v) says why each cannot run)",
+            "backend must be one of sm90, sm80, reference or None, got 'cuda' "
+            "(flash_ext.supported(q, k, v) says why each cannot run)",
         ],
     ),
 }

@@ -75,6 +75,20 @@ def test_gradcheck(options: dict, seqlen_q: int, seqlen_k: int) -> None:
     assert torch.autograd.gradcheck(call, inputs)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 1.3, "window_size": (1, 2)}], ids=str)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(3, 5), (5, 3), (2, 0)])
+def test_gradcheck_of_scores(options: dict, seqlen_q: int, seqlen_k: int) -> None:
+    """sinks and k_bias against finite differences, with ALiBi; with a sink every row has an lse that can be differentiated."""
+    shapes = ((1, seqlen_q, 4, 3), (1, seqlen_k, 2, 3), (1, seqlen_k, 2, 2), (4,), (1, 2, seqlen_k))
+    inputs = [normal(*s, seed=i, dtype=torch.float64).requires_grad_() for i, s in enumerate(shapes)]
+    slopes = normal(1, 4, seed=9, dtype=torch.float64).abs()
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, k_bias: torch.Tensor) -> tuple:
+        return flash_ext.attention(q, k, v, sinks=sinks, k_bias=k_bias, alibi_slopes=slopes, return_lse=True, **options)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_hot_values_spell_out_probabilities(dtype: torch.dtype) -> None:
     """With v = one-hot rows, out[i, j] is P[i, j]: with scores of 0 exactly 1 / visible keys, in the right columns."""
@@ -152,6 +166,40 @@ def test_a_row_without_keys_gives_zeros_and_no_nan() -> None:
     torch.autograd.backward([out, lse], [torch.ones_like(out), torch.ones_like(lse).index_fill(2, torch.arange(2), torch.nan)])
     assert not q.grad[:, :2].any() and q.grad[:, 2:].any()
     assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_a_row_without_keys_and_its_sink() -> None:
+    """lse = sink, and d lse / d sink = 1; nothing else gets a gradient there."""
+    q, k, v = (normal(1, n, 2, 8, seed=s).requires_grad_() for s, n in enumerate((6, 4, 4)))
+    sinks = torch.tensor([0.5, -torch.inf], requires_grad=True)  # -inf: no sink
+    out, lse = flash_ext.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    assert not out[:, :2].any() and (lse[0, 0, :2] == 0.5).all() and (lse[0, 1, :2] == -torch.inf).all()
+    (lse[0, :, :2] * torch.tensor([[2.0, 3.0], [5.0, 7.0]])).sum().backward()
+    assert sinks.grad.tolist() == [5.0, 0.0]
+    assert not any(t.grad.any() for t in (q, k, v))
+
+
+def test_a_sink_is_a_key_with_a_value_of_zero() -> None:
+    q, k, v = (normal(2, n, 2, 8, seed=s, dtype=torch.float64) for s, n in enumerate((6, 9, 9)))
+    sinks = normal(2, seed=5, dtype=torch.float64)
+    extra_k = torch.zeros(2, 1, 2, 8, dtype=torch.float64)
+    k_bias = torch.zeros(2, 2, 10, dtype=torch.float64)
+    k_bias[..., -1] = sinks
+    with_key = flash_ext.attention(q, torch.cat([k, extra_k], 1), torch.cat([v, extra_k], 1), k_bias=k_bias, return_lse=True)
+    torch.testing.assert_close(flash_ext.attention(q, k, v, sinks=sinks, return_lse=True), with_key)
+
+
+@pytest.mark.parametrize("where", ("k_bias", "sinks"))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_nan_and_inf_in_scores_show_themselves(where: str, value: float) -> None:
+    q, k, v = (normal(1, 5, 2, 8, seed=s) for s in range(3))
+    options = {"k_bias": torch.zeros(1, 2, 5), "sinks": torch.zeros(2)}
+    options[where][..., 1 if where == "sinks" else 3] = value
+    if where == "k_bias":
+        options["k_bias"][:, 0] = 0.0
+    out, lse = flash_ext.attention(q, k, v, **options, return_lse=True)
+    assert out[:, :, 1].isnan().all() and lse[:, 1].isnan().all()
+    assert out[:, :, 0].isfinite().all() and lse[:, 0].isfinite().all()
 
 
 # --- determinism, extreme values ---
