@@ -164,7 +164,8 @@ def test_gradcheck(options: dict) -> None:
 # --- lengths that make no sense ---
 
 GARBAGE = (
-    [0, 100, 5, 20], [-7, 3, 10, 12], [20, 10, 5, 0], [0, 2**31 - 1, -(2**31), 4], [5, 5, 5, 5], [-(2**31), -1, 0, 2**31 - 1],
+    [0, 100, 5, 20], [-7, 3, 10, 12], [-7, 3, 10, 900], [20, 10, 5, 0], [0, 2**31 - 1, -(2**31), 4], [5, 5, 5, 5],
+    [-(2**31), -1, 0, 2**31 - 1],
 )  # fmt: skip
 
 
@@ -181,6 +182,10 @@ def test_garbage_stays_inside_the_tensors(numbers: list[int]) -> None:
         out, lse, _ = OPS.fwd(q, k, v, *arguments, False, False, None)
         gradients = OPS.bwd(torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, *arguments, False, 7, None)
         assert all(t.isfinite().all() for t in (out, *gradients[:3])) and not lse.isnan().any()
+        if numbers == sorted(numbers):  # no overlap: attention of what is inside
+            clamped = lengths.clamp(0, 20)
+            expected = OPS.fwd(q, k, v, clamped, clamped, *arguments[2:], False, False, None)
+            assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     assert buffer[:, :10].isnan().all() and buffer[:, 30:].isnan().all()
 
 
