@@ -3,7 +3,8 @@
 They differ from flash-attn 2.8 (flash_ext.compat itself) in the order of their arguments (no dropout_p), in seqused_q and
 seqused_k, and in return_attn_probs, which returns (out, softmax_lse). Tensors are those of flash_ext.compat.flash_attn_2.
 
-num_splits 0 and 1, and pack_gqa, only tune speed: the planner decides about both, and results do not depend on them.
+num_splits 0 and 1 (with a cache, any number) and pack_gqa only tune speed: the planner decides about both, and results do not
+depend on them.
 
 Errors: NotImplementedError, with name and value, for qv, q_descale, k_descale, v_descale, 8-bit floats, attention_chunk,
 num_splits > 1 and sm_margin; otherwise those of flash_ext.attention and flash_ext.attention_varlen.
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..attention import attention
 from ..merge import merge_attention
 from ..varlen import attention_varlen
+from . import kvcache
 from .common import offsets, refuse, refuse_fp8, rows, split, window
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -190,6 +192,63 @@ def flash_attn_combine(
         raise ValueError(f"flash_attn_3.flash_attn_combine: out.dtype must be out_dtype, got {out.dtype} and {out_dtype}")
     with torch.no_grad():
         return out.copy_(merged), lse
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """FlashAttention-3's flash_attn_with_kvcache; see flash_ext.compat.flash_attn_with_kvcache, whose block_table is page_table.
+
+    Besides the arguments of the other functions, packed queries and packed new keys (cu_seqlens_q, cu_seqlens_k_new),
+    rotary_seqlens and scheduler_metadata (flash_ext needs no plan made ahead) are not supported. max_seqlen_q goes with
+    cu_seqlens_q, and has no meaning without it.
+
+    Returns:
+        out (batch, seqlen_q, nheads, headdim_v); with return_softmax_lse (out, softmax_lse, out_accum, softmax_lse_accum):
+        softmax_lse (batch, nheads, seqlen_q); the last two, there the workspace of splits, are empty tensors.
+    """
+    function = "flash_attn_3.flash_attn_with_kvcache"
+    refuse(
+        function, qv=qv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
+        scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
+    )  # fmt: skip
+    refuse_fp8(function, q=q, k_cache=k_cache, v_cache=v_cache)
+    result = kvcache.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+        softmax_scale=softmax_scale, causal=bool(causal), window_size=window(window_size), softcap=softcap if softcap > 0 else 0.0,
+        rotary_interleaved=bool(rotary_interleaved), num_splits=num_splits, return_softmax_lse=bool(return_softmax_lse),
+    )  # fmt: skip
+    return (*result, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else result
 
 
 def _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin) -> None:

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kvcache import attention_with_kvcache
-
-
-def _contiguous_rows(tensor: Tensor | None) -> Tensor | None:
-    return tensor.contiguous() if tensor is not None and tensor.stride(-1) != 1 else tensor
+from .common import refuse_fp8, rows, window
 
 
 def flash_attn_with_kvcache(
@@ -55,15 +52,16 @@ def flash_attn_with_kvcache(
     Returns:
         out (batch, seqlen_q, num_heads, head_dim_v), with return_softmax_lse (out, lse), lse (batch, num_heads, seqlen_q).
     """
+    refuse_fp8("flash_attn_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache)
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("flash_attn_with_kvcache: k and v need cache_seqlens, which says where they go")
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     with torch.no_grad():
         return attention_with_kvcache(
-            _contiguous_rows(q), k_cache, v_cache, _contiguous_rows(k), _contiguous_rows(v),
+            rows(q), k_cache, v_cache, rows(k), rows(v),
             cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, leftpad_k=cache_leftpad, page_table=block_table,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal,
-            window_size=tuple(window_size), softcap=softcap, softmax_scale=softmax_scale, num_splits=num_splits,
-            return_lse=return_softmax_lse, alibi_slopes=alibi_slopes,
+            window_size=window(window_size), softcap=softcap if softcap > 0 else 0.0, softmax_scale=softmax_scale,
+            num_splits=num_splits, return_lse=return_softmax_lse, alibi_slopes=alibi_slopes,
         )  # fmt: skip

@@ -47,6 +47,25 @@ SIGNATURES = {
         ),
     ),
     flash_attn_3.flash_attn_combine: (("out_partial", "lse_partial"), (("out", None), ("out_dtype", None))),
+    compat.flash_attn_with_kvcache: (
+        ("q", "k_cache", "v_cache"),
+        (
+            ("k", None), ("v", None), ("rotary_cos", None), ("rotary_sin", None), ("cache_seqlens", None),
+            ("cache_batch_idx", None), ("cache_leftpad", None), ("block_table", None), ("softmax_scale", None), ("causal", False),
+            ("window_size", (-1, -1)), ("softcap", 0.0), ("rotary_interleaved", True), ("alibi_slopes", None), ("num_splits", 0),
+            ("return_softmax_lse", False),
+        ),
+    ),
+    flash_attn_3.flash_attn_with_kvcache: (
+        ("q", "k_cache", "v_cache"),
+        (
+            ("k", None), ("v", None), ("qv", None), ("rotary_cos", None), ("rotary_sin", None), ("cache_seqlens", None),
+            ("cache_batch_idx", None), ("cache_leftpad", None), ("page_table", None), ("cu_seqlens_q", None),
+            ("cu_seqlens_k_new", None), ("max_seqlen_q", None), ("rotary_seqlens", None), *_DESCALES, ("softmax_scale", None),
+            ("causal", False), *_TAIL_3, ("rotary_interleaved", True), ("scheduler_metadata", None), ("num_splits", 0),
+            ("pack_gqa", None), ("sm_margin", 0), ("return_softmax_lse", False),
+        ),
+    ),
     bert_padding.unpad_input: (("hidden_states", "attention_mask"), (("unused_mask", None),)),
     bert_padding.unpad_input_for_concatenated_sequences: (("hidden_states", "attention_mask_in_length"), ()),
     bert_padding.pad_input: (("hidden_states", "indices", "batch", "seqlen"), ()),
@@ -210,6 +229,36 @@ def test_combining_parts():
         flash_attn_3.flash_attn_combine(outs, lses, given, torch.float16)
 
 
+def test_version_3_with_a_cache():
+    """One step: the new row is stored, and attention over what each sequence holds then is returned."""
+    q, k_cache, v_cache = random(2, 1, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
+    k, v = random(2, 1, 2, 8, seed=3), random(2, 1, 2, 8, seed=4)
+    lengths = torch.tensor([3, 6], dtype=torch.int32)
+    full = [t.clone() for t in (k_cache, v_cache)]
+    for b, length in enumerate(lengths.tolist()):
+        full[0][b, length], full[1][b, length] = k[b, 0], v[b, 0]
+    options = {"cache_seqlens": lengths, "causal": True, "window_size": (4, -9), "softcap": 3.0, "return_softmax_lse": True}
+    out, lse, out_accum, lse_accum = flash_attn_3.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **options)
+    assert torch.equal(k_cache, full[0]) and torch.equal(v_cache, full[1])
+    assert out_accum.numel() == lse_accum.numel() == 0
+    for b, length in enumerate(lengths.tolist()):
+        expected = oracle(
+            q[b : b + 1], full[0][b : b + 1, : length + 1], full[1][b : b + 1, : length + 1], True, (4, -1), softcap=3.0
+        )
+        torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), expected)
+    pages = torch.tensor([[0], [1]], dtype=torch.int32)
+    paged = flash_attn_3.flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=lengths + 1, page_table=pages, window_size=(4, 0), softcap=3.0, num_splits=2
+    )
+    torch.testing.assert_close(paged, out)
+    same = compat.flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=lengths + 1, block_table=pages, window_size=(4, 0), softcap=3.0, alibi_slopes=None
+    )
+    torch.testing.assert_close(same, out)
+    everything = compat.flash_attn_with_kvcache(q, k_cache, v_cache, window_size=(-7, -3), softcap=-2.0)
+    torch.testing.assert_close(everything, oracle(q, k_cache, v_cache)[0])
+
+
 def test_compiled():
     """No function breaks the graph."""
 
@@ -270,6 +319,10 @@ REFUSED = {
     "chunk": (flash_attn_3.flash_attn_func, (Q, Q, Q), {"attention_chunk": 64}, r"attention_chunk=64"),
     "splits": (flash_attn_3.flash_attn_func, (Q, Q, Q), {"num_splits": 3}, r"num_splits=3"),
     "margin": (flash_attn_3.flash_attn_varlen_func, PACKED, {"sm_margin": 8}, r"flash_attn_3.flash_attn_varlen.*sm_margin=8"),
+    "margin_cache": (flash_attn_3.flash_attn_with_kvcache, (Q, Q, Q), {"sm_margin": 8}, r"with_kvcache: .*sm_margin=8"),
+    "cache_packed": (
+        flash_attn_3.flash_attn_with_kvcache, (Q, Q, Q), {"cu_seqlens_q": PACKED[3], "qv": Q}, r"qv=.*, cu_seqlens_q=int32 tensor",
+    ),
     "margin_qkv": (flash_attn_3.flash_attn_qkvpacked_func, (torch.stack((Q, Q, Q), 2),), {"sm_margin": 8}, r"sm_margin=8"),
 }  # fmt: skip
 
