@@ -66,7 +66,7 @@ def register(name: str = NAME) -> str:
     if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < _MINIMUM:
         raise ImportError(f"{_NEEDED}: found {transformers.__version__}")
 
-    def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    def attention_mask(*args: Any, **kwargs: Any) -> Tensor:
         return make_mask(masking_utils, *args, **kwargs)
 
     AttentionInterface.register(name, attention_forward)
@@ -116,7 +116,7 @@ def attention_forward(
     )  # fmt: skip
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    structure = read_mask(attention_mask, query, key, bool(is_causal), sliding_window)
+    structure = read_mask(attention_mask, query, key, bool(is_causal), sliding_window, getattr(module, "config", None))
     options: dict[str, Any] = {
         "causal": structure.causal,
         "softmax_scale": scaling,

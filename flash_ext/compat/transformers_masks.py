@@ -5,12 +5,14 @@ by way of the model and sometimes of another device, a compiled graph, or the ma
 dimensions alone). So a mask made here is a tensor that says everything by its dtype and shape, and nothing is ever as
 large as (queries, keys):
 
-    int32 (batch, 2 + code, 1, keys): code bit 0: causal; bit 1: the sliding window counts. The words are the bits of
-        float32 numbers, 0 for a visible key and -inf for a hidden one, equal in all 2 + code slices (stride 0). keys = 0:
+    int32 (batch, 2 + code, 3, keys): code bit 0: causal; bit 1: the sliding window counts. The words are the bits of float32
+        numbers, 0 for a visible key and -inf for a hidden one, equal in all of the two middle dimensions (stride 0). keys = 0:
         every key is visible; otherwise keys beyond are cut off (a static cache is longer than what it holds). The last query
         stands at the last key.
     int32 (1, 2 + code, sequences + 1): cu_seqlens of several sequences in the flattened batch.
-    None: causal, every key visible, no window.
+
+It is never None, and its middle dimensions fit nothing, because models with an attention of their own, which asks no interface,
+get their masks here too: they would go without a mask, and stop at a shape instead.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ def make_mask(
     device: torch.device | str = "cpu",
     config: Any = None,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor:
     """The mask function; arguments as transformers passes them to those of AttentionMaskInterface.
 
     Args:
@@ -204,8 +206,6 @@ def make_mask(
             visible = None
     if visible is None and keys < kv_length:
         visible = torch.ones((1, keys), dtype=torch.bool, device=device)
-    if visible is None and pattern.causal and not windowed:
-        return None
     return _coded(visible, batch_size, pattern.causal, windowed, device)
 
 
@@ -218,12 +218,12 @@ def _what(mask_function: Callable | None, pattern: _Pattern, q_offset: Any) -> s
 
 
 def _coded(visible: Tensor | None, batch: int, causal: bool, windowed: bool, device: torch.device) -> Tensor:
-    """(batch or 1, keys) bool -> (batch, 2 + code, 1, keys) int32."""
+    """(batch or 1, keys) bool, or None (all visible) -> (batch, 2 + code, 3, keys or 0) int32."""
     code = int(causal) + 2 * int(windowed)
     if visible is None:
-        return torch.zeros((batch, 2 + code, 1, 0), dtype=torch.int32, device=device)
+        return torch.zeros((batch, 2 + code, 3, 0), dtype=torch.int32, device=device)
     words = torch.zeros(visible.shape, dtype=torch.int32, device=device).masked_fill(~visible, _HIDDEN)
-    return words[:, None, None].expand(batch, 2 + code, 1, visible.shape[1])
+    return words[:, None, None].expand(batch, 2 + code, 3, visible.shape[1])
 
 
 def _sequences(starts: Tensor, causal: bool, windowed: bool) -> Tensor:
@@ -239,13 +239,16 @@ def _sequences(starts: Tensor, causal: bool, windowed: bool) -> Tensor:
     return offsets.expand(1, 2 + int(causal) + 2 * int(windowed), -1)
 
 
-def read_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, sliding_window: int | None) -> Structure:
+def read_mask(
+    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, sliding_window: int | None, config: Any = None
+) -> Structure:
     """What a mask says.
 
     Args:
         mask: as flash_ext.compat.transformers.attention_forward takes it.
         query, key: (batch, heads, seqlen, head_dim).
         causal, sliding_window: what the layer says; a mask made here knows better.
+        config: the layer's, whose sliding_window the mask was made with; for layers that do not say theirs.
 
     Raises:
         NotImplementedError: a mask that differs from query to query, or a window that the layer does not tell.
@@ -258,14 +261,17 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, sli
 
     if mask is None:
         return Structure(causal, window(causal))
-    if mask.dtype == torch.int32 and mask.dim() in (3, 4) and 2 <= mask.shape[1] <= 5:
+    if mask.dtype == torch.int32 and (mask.dim() == 3 or (mask.dim() == 4 and mask.shape[2] == 3)) and 2 <= mask.shape[1] <= 5:
         code = mask.shape[1] - 2
         causal, windowed = bool(code & 1), bool(code & 2)
         if windowed and sliding_window is None:
-            raise NotImplementedError(
-                f"{_NAME}: not supported by flash_ext: a model that draws a sliding window into its mask without telling its "
-                "attention (sliding_window); there are more keys than the window holds here"
-            )
+            sliding_window = getattr(config, "sliding_window", None)
+            if sliding_window is None:
+                raise NotImplementedError(
+                    f"{_NAME}: not supported by flash_ext: a sliding window in the mask, shorter than the keys, that neither the "
+                    "layer (sliding_window) nor its config tells"
+                )
+            sliding_window += 0 if causal else 1  # as layers with two-sided windows say it: itself and those on one side
         window_size = window(causal) if windowed else (-1, -1)
         if mask.dim() == 3:
             return Structure(causal, window_size, cu_seqlens=mask[0, 0])

@@ -322,7 +322,7 @@ def test_the_readme(root, calls):
 # The mask function and what the attention function reads
 
 
-def mask_of(function=None, q_length: int = 6, kv_length: int = 6, **options) -> Tensor | None:
+def mask_of(function=None, q_length: int = 6, kv_length: int = 6, **options) -> Tensor:
     return make_mask(masking_utils, batch_size=2, q_length=q_length, kv_length=kv_length, mask_function=function, **options)
 
 
@@ -341,15 +341,46 @@ def test_a_mask_takes_no_memory_for_queries():
     assert mask.numel() == 0 and read(mask, 60, 60, window=7).window_size == (6, -1)
 
 
-def test_no_mask_where_none_is_needed():
+def nothing_hidden(mask: Tensor, **options) -> bool:
+    structure = read(mask, **options)
+    return structure.causal and structure.window_size == (-1, -1) and structure.key_bias is None and structure.seqlen_k is None
+
+
+def test_no_key_bias_where_none_is_needed():
     everything = torch.ones(2, 9, dtype=torch.bool)
-    assert mask_of() is None
-    assert mask_of(q_length=3, kv_length=9, q_offset=6, attention_mask=everything) is None
-    assert mask_of(q_length=1, kv_length=9, q_offset=torch.tensor(8)) is not None, "the end is not known on the host"
-    assert mask_of(masking_utils.sliding_window_causal_mask_function(6)) is None, "the window holds every key"
+    assert nothing_hidden(mask_of())
+    assert nothing_hidden(mask_of(q_length=3, kv_length=9, q_offset=6, attention_mask=everything), q_length=3, kv_length=9)
+    step = read(mask_of(q_length=1, kv_length=9, q_offset=torch.tensor(6)), 1, 9)
+    assert step.key_bias[0].tolist() == [0] * 7 + [-torch.inf] * 2, "the end is not known on the host"
+    assert nothing_hidden(mask_of(masking_utils.sliding_window_causal_mask_function(6)), window=6), "the window holds every key"
     assert read(None, causal=True).causal and not read(None, causal=False).causal
     structure = read(mask_of(masking_utils.bidirectional_mask_function, allow_is_bidirectional_skip=True), causal=True)
     assert not structure.causal and structure.key_bias is None
+
+
+@pytest.mark.parametrize("kind", ["none", "left"])
+@pytest.mark.parametrize("name", ["bloom", "xglm", "codegen"])
+def test_models_with_an_attention_of_their_own_stop(name, kind):
+    """They ask no attention interface, but get their masks from it: without a mask they would not be causal."""
+    table = {
+        "bloom": ("BloomConfig", SIZES, "BloomForCausalLM", "eager"),
+        "xglm": (
+            "XGLMConfig",
+            {**SIZES, "d_model": 32, "attention_heads": 4, "num_layers": 1, "ffn_dim": 32},
+            "XGLMForCausalLM",
+            "eager",
+        ),
+        "codegen": (
+            "CodeGenConfig",
+            {**SIZES, "n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4},
+            "CodeGenForCausalLM",
+            "eager",
+        ),
+    }
+    own, theirs = pair(name, table)
+    own(tokens(), attention_mask=padding(kind))
+    with pytest.raises((RuntimeError, ValueError), match=r"size|shape"):
+        theirs(tokens(), attention_mask=padding(kind))
 
 
 def test_a_static_cache_is_cut():
@@ -371,11 +402,11 @@ def test_when_a_window_counts(keys, counts, compiled):
     """A causal window of 4 keys, and a two-sided one of 3 on each side."""
     config = transformers.MistralConfig(sliding_window=4)
 
-    def causal() -> Tensor | None:
+    def causal() -> Tensor:
         function = masking_utils.sliding_window_causal_mask_function(4)
         return mask_of(function, keys, keys, local_size=4, config=config)
 
-    def two_sided() -> Tensor | None:
+    def two_sided() -> Tensor:
         function = masking_utils.sliding_window_bidirectional_mask_function(3)
         return mask_of(function, keys, keys, local_size=3, config=two_sided_config, allow_is_bidirectional_skip=True)
 
@@ -383,16 +414,28 @@ def test_when_a_window_counts(keys, counts, compiled):
     for function, windows in ((causal, [(3, -1), (-1, -1)]), (two_sided, [(3, 3), (-1, -1)])):
         torch._dynamo.reset()
         mask = torch.compile(function, fullgraph=True, backend="eager")() if compiled else function()
-        window = read(mask, keys, keys, window=4).window_size if mask is not None else (-1, -1)
-        assert window == windows[not counts], function
+        assert read(mask, keys, keys, window=4).window_size == windows[not counts], function
 
 
 def test_a_window_that_the_layer_does_not_tell():
     """Models whose attention is not given sliding_window would attend to everything."""
     mask = mask_of(masking_utils.sliding_window_causal_mask_function(3))
-    with pytest.raises(NotImplementedError, match=r"sliding window.*sliding_window"):
+    with pytest.raises(NotImplementedError, match="sliding window"):
         read(mask)
     assert read(mask, window=3).window_size == (2, -1)
+    config = transformers.MistralConfig(sliding_window=3)
+    assert read_mask(mask, Q, Q, True, None, config).window_size == (2, -1)
+    mask = mask_of(masking_utils.sliding_window_bidirectional_mask_function(3), allow_is_bidirectional_skip=True)
+    assert read_mask(mask, Q, Q, True, None, config).window_size == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["none", "left"])
+def test_a_model_that_does_not_tell_its_layers_the_window(kind):
+    sizes = {**SIZES, "num_key_value_heads": 2, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1}
+    own, ours = pair("phimoe", {"phimoe": ("PhimoeConfig", sizes, "PhimoeForCausalLM", "sdpa")})
+    mask = padding(kind)
+    own, ours = (model(tokens(), attention_mask=mask).logits * mask[..., None] for model in (own, ours))
+    close(ours, own)
 
 
 @pytest.mark.parametrize("q_length", [1, 4])
@@ -416,7 +459,7 @@ def test_masks_of_the_models_own(q_length):
         drawn = masking_utils.sdpa_mask(2, 1, 6, offset, mask_function=function, allow_is_causal_skip=False, use_vmap=use_vmap)
         assert torch.equal(structure.key_bias == 0, drawn[:, 0, 0].expand(2, 6)), name
     short = masking_utils.chunked_causal_mask_function(6, torch.zeros(2, dtype=torch.long))
-    assert mask_of(short) is None, "one chunk is plain causal attention"
+    assert nothing_hidden(mask_of(short)), "one chunk is plain causal attention"
 
 
 def test_masks_that_callers_compute_with_are_drawn():
