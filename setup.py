@@ -40,6 +40,7 @@ OP_SOURCES = [
     "host/tma.cpp",
     "host/fwd.cpp",
     "host/bwd.cpp",
+    "host/block_mask.cpp",
     "host/mask_blocks.cpp",
 ]
 HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/problem.cpp"]

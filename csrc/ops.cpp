@@ -8,5 +8,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_ext, FLASH_EXT_DISPATCH_KEY, library) {
   library.impl("fwd", TORCH_BOX(&flash_ext::fwd));
   library.impl("bwd", TORCH_BOX(&flash_ext::bwd));
   library.impl("bwd_preprocess", TORCH_BOX(&flash_ext::bwd_preprocess));
+  library.impl("fwd_block_mask", TORCH_BOX(&flash_ext::fwd_block_mask));
+  library.impl("bwd_block_mask", TORCH_BOX(&flash_ext::bwd_block_mask));
   library.impl("mask_blocks", TORCH_BOX(&flash_ext::mask_blocks));
 }

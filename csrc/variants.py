@@ -144,7 +144,21 @@ FWD_SM90_TILES = {
     (256, 256, "local"): (128, 64),
     (256, 256, "local_scored"): (128, 64),
 }
-CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask"}
+FWD_SM90_TILES |= {
+    (64, 64, "blocks"): (128, 128),
+    (64, 64, "blocks_scored"): (128, 128),
+    (96, 96, "blocks"): (128, 128),
+    (96, 96, "blocks_scored"): (128, 128),
+    (128, 128, "blocks"): (128, 128),
+    (128, 128, "blocks_scored"): (128, 128),
+    (192, 128, "blocks"): (128, 128),
+    (192, 128, "blocks_scored"): (128, 64),
+    (192, 192, "blocks"): (128, 64),
+    (192, 192, "blocks_scored"): (128, 64),
+    (256, 256, "blocks"): (128, 64),
+    (256, 256, "blocks_scored"): (128, 64),
+}
+CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask", "blocks": "BlockMask"}
 CXX_SCORE = {False: "PlainScore", True: "ModifiedScore"}
 
 

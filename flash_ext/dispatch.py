@@ -97,6 +97,7 @@ def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
         sinks=call.sinks is not None,
         alibi=call.alibi_slopes is not None,
         k_bias=call.k_bias is not None,
+        block_mask=call.block_mask is not None,
     )
     if device == "cpu" and q.device.type == "cuda" and ops.library_error is not None:
         why = f"the compiled kernels are not available: {ops.library_error}"

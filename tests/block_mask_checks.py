@@ -70,7 +70,7 @@ def dense_attention(
     scores = torch.cat([scores.masked_fill(~keep & sees, -math.inf), extra], -1)
     weights = torch.where(sees, torch.softmax(scores, -1), 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(~sees[..., 0], -math.inf)
-    return (weights[..., :-1] @ v).transpose(1, 2), lse, max_logit
+    return (weights[..., :-1].to(v.dtype) @ v).transpose(1, 2), lse, max_logit
 
 
 def inputs(keep: Tensor, batch: int, heads: int, heads_kv: int, dim: int, dim_v: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

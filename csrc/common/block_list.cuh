@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
+#include "common/fragment.cuh"
 #include "common/math.cuh"
+#include "common/masks.cuh"
+#include "common/seqlens.cuh"
 
 namespace flash_ext {
 
@@ -29,6 +32,61 @@ struct BlockListParams {
   int head_stride;         // lines from one query head to the next; 0: one mask for all
   int num_entries;         // of all lines: what offsets are clamped to
   int num_bits;            // partial blocks
+  int num_blocks;          // along the other sequence: what entries are clamped to
+};
+
+// A mask that lists tell. As an interval it shows everything: the edges of the keys are bits too.
+struct BlockMask : FullMask {
+  using FullMask::FullMask;
+};
+
+// Tiles policy of BlockMask, in the place of RangeTiles (tiles.cuh).
+struct ListTiles {
+  static constexpr bool kListed = true, kManyMasked = true, kMaskedLeft = false;
+};
+
+// The tiles of one line, of kTile scores along the other sequence, in the order of the list: partial ones first. What stands in
+// device memory is not trusted: no index leaves its tensor.
+template <int kTile>
+struct ListedTiles {
+  static_assert(kMaskBlock % kTile == 0 && kTile >= 16, "whole tiles of a block, and whole bytes of its bits");
+  static constexpr int kTilesPerBlock = kMaskBlock / kTile;
+
+  const BlockListParams& params;
+  int first_entry;
+  int num_tiles;
+  int num_masked;  // the first tiles need their bits, the others none
+
+  // Of batch entry `batch` and query head `head`.
+  FX_HOST_DEVICE constexpr static ListedTiles of_line(const BlockListParams& params, int batch, int head, int own_block) {
+    const int64_t line = batch * params.batch_stride + int64_t(head) * params.head_stride + own_block;
+    const int first = clamp(params.offsets[line], 0, params.num_entries);
+    const int last = clamp(params.offsets[line + 1], first, params.num_entries);
+    const int partial = clamp(params.num_partial[line], 0, last - first);
+    return {params, first, (last - first) * kTilesPerBlock, partial * kTilesPerBlock};
+  }
+
+  FX_HOST_DEVICE constexpr BlockEntry entry(int i) const { return params.entries[first_entry + i / kTilesPerBlock]; }
+
+  // The i-th tile visited.
+  FX_HOST_DEVICE constexpr int n_block(int i) const {
+    return clamp(entry(i).block, 0, params.num_blocks - 1) * kTilesPerBlock + i % kTilesPerBlock;
+  }
+
+#ifdef __CUDACC__
+  // What a thread of a matrix instruction does not see of its rows `row` and row + 8 of the i-th tile, see HiddenBits. row: of
+  // the block; direction: 0 for rows of queries, 1 for rows of keys.
+  __device__ __forceinline__ void load_hidden(int i, int direction, int row, int lane, uint32_t (&hidden)[2]) const {
+    const int slot = min_of(entry(i).slot, params.num_bits - 1);
+    hidden[0] = hidden[1] = 0;
+    if (slot < 0) return;
+    const uint32_t* words = params.bits + (int64_t(slot) * kMaskBitsWords + (direction * kMaskBlock + row) * kMaskWords + lane % 4);
+    const int shift = i % kTilesPerBlock * (kTile / 4);
+    // Complements that the compiler cannot see through: it would test the bits one by one.
+    asm("not.b32 %0, %1;" : "=r"(hidden[0]) : "r"(words[0] >> shift));
+    asm("not.b32 %0, %1;" : "=r"(hidden[1]) : "r"(words[8 * kMaskWords] >> shift));
+  }
+#endif
 };
 
 }  // namespace flash_ext

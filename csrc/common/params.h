@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/block_list.cuh"
 #include "common/masks.cuh"
 #include "common/scheduler.cuh"
 #include "common/scores.cuh"
@@ -62,6 +63,7 @@ struct FwdParams : AttentionParams {
   int split_boundaries[kMaxSplits + 1];     // part p: key positions [p, p + 1) of these; unused where num_splits is 1
   int heads_per_tile;                       // query heads of one KV head that share a tile's rows: a power of two, 1 to kMaxHeadsPerTile
   int num_ctas;                             // grid of a persistent kernel
+  BlockListParams blocks;                   // of keys, for each block of queries; of kernels whose mask is lists
   // The kernel's launcher fills these in.
   TmaTensor q_tma, k_tma, v_tma;
   Schedule schedule;

@@ -3,6 +3,7 @@
 // loops, masked, unmasked, masked, whatever the mask.
 #pragma once
 
+#include "common/block_list.cuh"
 #include "common/masks.cuh"
 #include "common/math.cuh"
 #include "common/seqlens.cuh"
@@ -31,6 +32,7 @@ struct QueryTiles {
 // The tiles of a mask that shows intervals.
 template <class Mask>
 struct RangeTiles {
+  static constexpr bool kListed = false;
   // Whether a tile of queries can have more than one masked tile of keys at the right, and any at the left.
   static constexpr bool kManyMasked = Mask::kEndMoves;
   static constexpr bool kMaskedLeft = Mask::kBeginMoves;
@@ -63,6 +65,15 @@ struct RangeTiles {
     const int full_end = full_rows_end == sequence.q.num_rows ? end : full_rows_end / kBlockM;
     return {begin, end, full_begin, max_of(full_begin, full_end)};
   }
+};
+
+template <class Mask>
+struct TilesOf {
+  using Type = RangeTiles<Mask>;
+};
+template <>
+struct TilesOf<BlockMask> {
+  using Type = ListTiles;
 };
 
 }  // namespace flash_ext

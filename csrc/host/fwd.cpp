@@ -9,6 +9,7 @@
 
 #include "host/check.h"
 #include "host/emulator.h"
+#include "host/launch_fwd.h"
 #include "host/launchers.h"
 #include "host/ops.h"
 #include "host/plan.h"
@@ -17,9 +18,7 @@
 namespace flash_ext {
 namespace {
 
-using Results = std::tuple<Tensor, Tensor, Tensor>;
-
-Results reference_fwd(const AttentionInputs& inputs, bool return_max_logit, const std::string& reason) {
+FwdResults reference_fwd(const AttentionInputs& inputs, bool return_max_logit, const std::string& reason) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::vector<StableIValue> stack{from(inputs.q), from(inputs.k), from(inputs.v)};
@@ -69,27 +68,16 @@ void fill_unused_rows(const FwdParams& params, const DeviceInfo& device, cudaStr
 
 }  // namespace
 
-Results fwd(Tensor q, Tensor k, Tensor v, FX_INPUT_PARAMETERS, bool return_max_logit, bool /*deterministic*/,
-            std::optional<std::string> backend) {
-  const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
-  const FwdProblem problem = problem_from_inputs(inputs, backend);
-  const DeviceInfo& device = device_info_of(q);
-  const FwdPlan plan = plan_fwd(problem, device);
-  FX_CHECK(!plan.backend.empty(), "attention: backend '", problem.backend, "' cannot run this call; ",
-           plan.rejections_as_text());
-  if (plan.variant == nullptr) {
-    // Asked for by name, the reference is no fallback and gives no warning.
-    return reference_fwd(inputs, return_max_logit, problem.backend.empty() ? plan.rejections_as_text() : "");
-  }
-
-  const Tensor q_rows = with_aligned_rows(q), k_rows = with_aligned_rows(k), v_rows = with_aligned_rows(v);
+FwdResults launch_fwd(const AttentionInputs& inputs, const FwdProblem& problem, const FwdPlan& plan, const DeviceInfo& device,
+                      bool return_max_logit, const BlockListParams& blocks, OpMemory& memory) {
+  const Tensor& q = inputs.q;
+  const Tensor q_rows = with_aligned_rows(q), k_rows = with_aligned_rows(inputs.k), v_rows = with_aligned_rows(inputs.v);
   Tensor out = new_out(problem, q), lse = new_lse(problem, q);
   Tensor max_logit = new_float32(q, {return_max_logit ? problem.num_heads() : 0});
   const LaunchScope scope(q);
   if (return_max_logit) torch::stable::fill_(max_logit, -std::numeric_limits<double>::infinity());
   if (out.numel() == 0) return {out, lse, max_logit};
 
-  OpMemory memory;
   memory.add(q_rows, MemoryRole::kIn, "q");
   memory.add(k_rows, MemoryRole::kIn, "k");
   memory.add(v_rows, MemoryRole::kIn, "v");
@@ -109,12 +97,30 @@ Results fwd(Tensor q, Tensor k, Tensor v, FX_INPUT_PARAMETERS, bool return_max_l
   params.out_split_stride = problem.num_parts > 0 ? out.stride(0) : 0;
   params.lse_split_stride = problem.num_parts > 0 ? lse.stride(0) : 0;
   params.num_splits = plan.num_splits;
-  std::copy(split_boundaries.begin(), split_boundaries.end(), params.split_boundaries);
+  std::copy(inputs.split_boundaries.begin(), inputs.split_boundaries.end(), params.split_boundaries);
   params.heads_per_tile = plan.heads_per_tile;
   params.num_ctas = static_cast<int>(plan.grid[0]);
+  params.blocks = blocks;
   fill_unused_rows(params, device, scope.stream());
   FX_CUDA_CHECK(find_fwd(plan.variant->name)(params, scope.stream()), plan.variant->name);
   return {out, lse, max_logit};
+}
+
+FwdResults fwd(Tensor q, Tensor k, Tensor v, FX_INPUT_PARAMETERS, bool return_max_logit, bool /*deterministic*/,
+            std::optional<std::string> backend) {
+  const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
+  const FwdProblem problem = problem_from_inputs(inputs, backend);
+  const DeviceInfo& device = device_info_of(q);
+  const FwdPlan plan = plan_fwd(problem, device);
+  FX_CHECK(!plan.backend.empty(), "attention: backend '", problem.backend, "' cannot run this call; ",
+           plan.rejections_as_text());
+  if (plan.variant == nullptr) {
+    // Asked for by name, the reference is no fallback and gives no warning.
+    return reference_fwd(inputs, return_max_logit, problem.backend.empty() ? plan.rejections_as_text() : "");
+  }
+
+  OpMemory memory;
+  return launch_fwd(inputs, problem, plan, device, return_max_logit, BlockListParams{}, memory);
 }
 
 }  // namespace flash_ext

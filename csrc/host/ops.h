@@ -35,4 +35,24 @@ std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, s
 
 std::tuple<Tensor, Tensor> mask_blocks(Tensor mask);
 
+// The arguments of the ops with a BlockMask from row_offsets to softcap, and the names in the same order.
+#define FX_BLOCK_MASK_PARAMETERS                                                                                           \
+  Tensor row_offsets, Tensor row_partial, Tensor row_entries, Tensor column_offsets, Tensor column_partial,               \
+      Tensor column_entries, Tensor bits, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,                \
+      std::optional<Tensor> k_bias, double softmax_scale, double softcap
+#define FX_BLOCK_MASK_NAMES                                                                                               \
+  row_offsets, row_partial, row_entries, column_offsets, column_partial, column_entries, bits, sinks, alibi_slopes, k_bias, \
+      softmax_scale, softcap
+
+// out, lse, max_logit
+std::tuple<Tensor, Tensor, Tensor> fwd_block_mask(Tensor q, Tensor k, Tensor v, FX_BLOCK_MASK_PARAMETERS,
+                                                  bool return_max_logit, bool deterministic,
+                                                  std::optional<std::string> backend);
+
+// dq, dk, dv, dsinks, dk_bias
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
+                                                                  Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                                  FX_BLOCK_MASK_PARAMETERS, bool deterministic,
+                                                                  int64_t wanted, std::optional<std::string> backend);
+
 }  // namespace flash_ext

@@ -45,6 +45,7 @@ bool device_runs(const DeviceInfo& device, int arch) {
 // The least general mask that the options come to. Sides that hide no key are unbounded, and an unbounded left side with
 // right = 0 is the causal mask. Lengths of packed sequences are not known, only that of all together.
 Mask mask_of(const FwdProblem& problem) {
+  if (problem.block_mask) return Mask::k_blocks;
   const bool left = problem.window_left >= 0 && problem.window_left < problem.seqlen_k() - 1;
   const bool right = problem.window_right >= 0 && problem.window_right < problem.seqlen_q() - 1;
   if (left) return Mask::k_local;
@@ -68,7 +69,8 @@ enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kScore = 8 };
 unsigned mismatches(const Variant& row, const FwdProblem& problem, const Wanted& wanted) {
   const auto covers = [](int largest, int64_t dim) { return dim <= largest && dim % 8 == 0; };
   const bool dims = covers(row.head_dim, problem.head_dim()) && covers(row.head_dim_v, problem.head_dim_v());
-  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (row.mask < wanted.mask) |
+  const bool lists = wanted.mask == Mask::k_blocks || row.mask == Mask::k_blocks;
+  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (lists ? row.mask != wanted.mask : row.mask < wanted.mask) |
          kScore * (row.score < wanted.score);
 }
 
@@ -82,7 +84,8 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
                       (dim % 8 != 0 || dim_v % 8 != 0 ? ": they must be multiples of 8" : ""));
   }
   if (mismatch & kMask) {
-    reasons.push_back(wanted.mask == Mask::k_local
+    reasons.push_back(wanted.mask == Mask::k_blocks ? "no compiled kernel has a block_mask"
+                      : wanted.mask == Mask::k_local
                           ? "no compiled kernel has window_size (" + std::to_string(problem.window_left) + ", " +
                                 std::to_string(problem.window_right) + ")"
                           : std::string("no compiled kernel has the ") +
@@ -132,7 +135,7 @@ const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& p
 // Query heads of one KV head that share a tile ("packed GQA"): all of them, rounded up to a power of two, where that leaves
 // at most three quarters of the tiles. One head a tile otherwise: its rows are copied and stored in larger pieces. Not measured.
 int heads_per_tile(const FwdProblem& problem, const Variant& row) {
-  if (problem.num_heads_kv() == 0 || problem.batch() == 0) return 1;
+  if (problem.num_heads_kv() == 0 || problem.batch() == 0 || problem.block_mask) return 1;
   const int64_t group = problem.num_heads() / problem.num_heads_kv();
   if (group <= 1 || problem.q.strides[2] == 0) return 1;  // expanded heads: the copy engine gets one of them
   const int64_t heads = std::min<int64_t>(std::bit_ceil(static_cast<uint64_t>(group)), kMaxHeadsPerTile);

@@ -27,6 +27,7 @@ struct FwdProblem {
   double softmax_scale = 1.0;
   double softcap = 0.0;  // 0: off
   bool sinks = false, alibi = false, k_bias = false;
+  bool block_mask = false;  // which keys are seen is told by lists, and causal and windows are part of them
   std::string backend;   // empty: the planner chooses
 
   bool packed() const { return num_sequences >= 0; }

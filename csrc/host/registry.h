@@ -12,8 +12,8 @@ enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool
 
 enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess, k_fill_unused, k_mask_blocks };
 
-// In the order of generality: a mask can stand in for every one before it.
-enum class Mask : uint8_t { k_none, k_full, k_causal, k_local };
+// In the order of generality: a mask can stand in for every one before it; but k_blocks, which needs lists, for none.
+enum class Mask : uint8_t { k_none, k_full, k_causal, k_local, k_blocks };
 
 // A modified score can stand in for a plain one.
 enum class Score : uint8_t { k_plain, k_modified };

@@ -62,6 +62,19 @@ template <class Mask, class Score>
 struct FwdTile<256, 256, Mask, Score> : TileSizes<128, 80, 2, 1> {};
 template <class Score>
 struct FwdTile<256, 256, LocalMask, Score> : TileSizes<128, 64, 2, 1> {};
+// Tiles of listed blocks divide a block of the mask.
+template <>
+struct FwdTile<64, 64, BlockMask, PlainScore> : TileSizes<128, 128, 4, 2> {};
+template <>
+struct FwdTile<64, 64, BlockMask, ModifiedScore> : TileSizes<128, 128, 4, 2> {};
+template <>
+struct FwdTile<192, 128, BlockMask, ModifiedScore> : TileSizes<128, 64, 4, 1> {};
+template <>
+struct FwdTile<192, 192, BlockMask, PlainScore> : TileSizes<128, 64, 3, 1> {};
+template <>
+struct FwdTile<192, 192, BlockMask, ModifiedScore> : TileSizes<128, 64, 3, 1> {};
+template <class Score>
+struct FwdTile<256, 256, BlockMask, Score> : TileSizes<128, 64, 2, 1> {};
 
 // A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
 template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_ = PlainScore>
@@ -70,7 +83,7 @@ struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_, Score_> {
   using Element = Element_;
   using Mask = Mask_;
   using Score = Score_;
-  using Tiles = RangeTiles<Mask>;
+  using Tiles = typename TilesOf<Mask>::Type;
   using Output = DenseOutput<Element>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -129,9 +142,15 @@ __device__ __forceinline__ void for_each_item(const FwdParams& params, int lane,
     if (index >= schedule.num_items()) return;
     const QueryTile queries = warp_query_tile<Config::kBlockM>(params, schedule.item(index), lane);
     if (!queries.exists()) continue;
-    function(queries, Config::Tiles::template key_tiles<Config::kBlockN>(
-                          typename Config::Mask(params.mask), queries.sequence, queries.first_position,
-                          queries.last_position(Config::kBlockM)));
+    if constexpr (Config::Tiles::kListed) {
+      static_assert(kMaskBlock % Config::kBlockM == 0, "a tile of queries lies in one block");
+      function(queries, ListedTiles<Config::kBlockN>::of_line(params.blocks, queries.index, queries.head(0),
+                                                              queries.first_position / kMaskBlock));
+    } else {
+      function(queries, Config::Tiles::template key_tiles<Config::kBlockN>(
+                            typename Config::Mask(params.mask), queries.sequence, queries.first_position,
+                            queries.last_position(Config::kBlockM)));
+    }
   }
 }
 
@@ -143,7 +162,7 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
   RingState<Config::kStagesQ> q_state;
   RingState<Config::kStages> k_state, v_state;
 
-  const auto copy_item = [&](const QueryTile& queries, const KeyTiles& tiles) {
+  const auto copy_item = [&](const QueryTile& queries, const auto& tiles) {
     if (tiles.num_tiles == 0) {
       if constexpr (Config::kStagesInQuery) {  // the buffer without a copy, for the zeros that leave through it
         shared.q_ring.begin_fill(q_state, 0);
@@ -180,7 +199,7 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
     load_v(tiles.num_tiles - 1);
   };
 
-  for_each_item<Config>(params, read_lane(), [&](const QueryTile& queries, const KeyTiles& tiles) {
+  for_each_item<Config>(params, read_lane(), [&](const QueryTile& queries, const auto& tiles) {
     if (elected) copy_item(queries, tiles);
     __syncwarp();
   });
@@ -299,7 +318,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
 
   QueryTile& kept = shared.items[warpgroup * 4 + thread / 32];
 
-  for_each_item<Config>(params, lane, [&](const QueryTile& queries, const KeyTiles& tiles) {
+  for_each_item<Config>(params, lane, [&](const QueryTile& queries, const auto& tiles) {
     if (elected) kept = queries;
     __syncwarp();
     const Sequence& sequence = queries.sequence;
@@ -320,9 +339,14 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       visible_end[half] = mask.visible_end(position, sequence) - acc_first_col(lane);
       diagonal[half] = position + sequence.diagonal - acc_first_col(lane);
     }
-    const auto masked_tile = [&](int n_block) {
+    // The i-th tile visited.
+    const auto masked_tile = [&](int i) {
       MaskedTile<kNumAccS> tile;
-      const int first_key = n_block * Config::kBlockN;
+      if constexpr (Config::Tiles::kListed) {
+        tiles.load_hidden(i, /*direction=*/0, (queries.first_position + rows[0]) % kMaskBlock, lane, tile.hidden);
+        return tile;
+      }
+      const int first_key = tiles.n_block(i) * Config::kBlockN;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if constexpr (Score::kModifies) {
@@ -385,13 +409,13 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       shared.k_ring.release(k_state, elected);
       k_state.advance();
       modify_scores(biases, tiles.n_block(0));
-      masked_tile(tiles.n_block(0)).hide(acc_s);
+      masked_tile(0).hide(acc_s);
       softmax.update(acc_s, softmax_scale, rescale);
       round_weights();
 
       int i = 1;
       const auto masked_until = [&](int end) {
-        for (; i < end; ++i) step(masked_tile(tiles.n_block(i)), tiles.n_block(i));
+        for (; i < end; ++i) step(masked_tile(i), tiles.n_block(i));
       };
       const auto unmasked_until = [&](int end) {
         for (; i < end; ++i) step(UnmaskedTile{}, tiles.n_block(i));
