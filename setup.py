@@ -42,6 +42,10 @@ OP_SOURCES = [
     "host/bwd.cpp",
     "host/block_mask.cpp",
     "host/mask_blocks.cpp",
+    "host/plan_kvcache.cpp",
+    "host/append_kv.cpp",
+    "host/combine.cpp",
+    "host/kvcache.cpp",
 ]
 HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/problem.cpp"]
 

@@ -41,16 +41,6 @@ TensorLayout layout_from_python(const PyLayout& given) {
   return layout;
 }
 
-const char* op_name(Op op) {
-  switch (op) {
-    case Op::k_fwd: return "fwd";
-    case Op::k_bwd: return "bwd";
-    case Op::k_bwd_preprocess: return "bwd_preprocess";
-    case Op::k_mask_blocks: return "mask_blocks";
-    default: return "fill_unused";
-  }
-}
-
 py::dict plan_to_python(const FwdPlan& plan) {
   py::dict rejected;
   for (const Rejection& rejection : plan.rejected) rejected[rejection.backend.c_str()] = rejection.reasons;

@@ -62,6 +62,15 @@ KERNELS = {
         )
         for arch in ARCHITECTURES
     },
+    **{
+        (op, "sm90"): Kernel(op, "sm90/fwd_cache.cuh", "FwdCacheParams", "sm90::flash_fwd_cache", "sm90::launch_fwd_cache")
+        for op in ("fwd_cache", "fwd_cache_gather")
+    },
+    **{
+        (op, arch): Kernel(op, f"common/{op}.cuh", params, op, f"launch_{op}")
+        for op, params in (("append_kv", "AppendKvParams"), ("combine", "CombineParams"))
+        for arch in ARCHITECTURES
+    },
 }
 
 # One look-up function for each op in host/launchers.h: op -> (type of the launcher, params).
@@ -70,6 +79,10 @@ LAUNCHERS = {
     "bwd_preprocess": ("BwdPreprocessLauncher", "BwdPreprocessParams"),
     "fill_unused": ("FillUnusedLauncher", "FillUnusedParams"),
     "mask_blocks": ("MaskBlocksLauncher", "MaskBlocksParams"),
+    "append_kv": ("AppendKvLauncher", "AppendKvParams"),
+    "combine": ("CombineLauncher", "CombineParams"),
+    "fwd_cache": ("FwdCacheLauncher", "FwdCacheParams"),
+    "fwd_cache_gather": ("FwdCacheLauncher", "FwdCacheParams"),
 }
 
 
@@ -108,6 +121,8 @@ class Variant:
     @property
     def unit(self) -> str:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
+        if self.op.startswith("fwd_cache"):
+            return f"{self.op}_{self.arch}_{self.dtype}"
         if self.op != "fwd":
             return f"small_{self.arch}_{self.dtype if self.dtype in CXX_ELEMENT else 'bf16'}"
         return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored
@@ -257,7 +272,37 @@ def _mask_blocks() -> list[Variant]:
     ]  # fmt: skip
 
 
-VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_fwd_sm80(), *_bwd_preprocess(), *_fill_unused(), *_mask_blocks())
+# Keys of a tile of the forward over a cache; sm90/fwd_cache.cuh (CacheTile) holds the same numbers.
+CACHE_BLOCK_N = {64: 128, 128: 128, 256: 64}
+
+
+def _fwd_cache() -> list[Variant]:
+    """The forward over a cache: keys by TMA, or gathered; the causal mask, which one row of queries takes for every other,
+    and the most general row."""
+    rows = []
+    for (op, producer), dtype in product((("fwd_cache", "Tma"), ("fwd_cache_gather", "Gather")), ("bf16", "fp16")):
+        for dim, block_n in CACHE_BLOCK_N.items():
+            for mask, score in (("causal", "PlainScore"), ("local", "ModifiedScore")):
+                policies = f"flash_ext::{CXX_MASK[mask]}, flash_ext::{score}, flash_ext::sm90::Cache{producer}Producer"
+                config = f"sm90::CacheConfig<{CXX_ELEMENT[dtype]}, {dim}, {policies}>"
+                rows.append(Variant(op, "sm90", dtype, dim, dim, mask, 64, block_n, config, scored=score == "ModifiedScore"))
+    return rows
+
+
+def _kvcache() -> list[Variant]:
+    """The steps around attention over a KV cache: appending rows, and combining the results of parts of the keys."""
+    rows = _fwd_cache()
+    for arch, dtype in product(ARCHITECTURES, ("bf16", "fp16")):
+        element = CXX_ELEMENT[dtype]
+        rows.append(Variant("append_kv", arch, dtype, 0, 0, "", 256, 0, f"AppendKvConfig<{element}>"))
+        rows += [
+            Variant("combine", arch, dtype, dim, dim, "", 128 // min(32, dim // 4), 0, f"CombineConfig<{element}, {dim}>")
+            for dim in (64, 128, 256, 512)
+        ]
+    return rows
+
+
+VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_fwd_sm80(), *_bwd_preprocess(), *_fill_unused(), *_mask_blocks(), *_kvcache())
 
 
 def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:

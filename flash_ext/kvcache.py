@@ -19,10 +19,24 @@ _SCHEMA = (
     "int window_right, float softcap, int num_splits, bool validate, str? backend) -> (Tensor out, Tensor lse)"
 )
 _REFERENCE_SCHEMA = _SCHEMA.replace("kvcache(", "reference_kvcache(", 1).replace(
-    "int num_splits, bool validate, str? backend", "str reason"
+    "int num_splits, bool validate, str? backend", "bool validate, str reason"
+)
+# The kernels around attention, as ops for tests and profiles: flash_ext::kvcache calls their bodies.
+_APPEND_SCHEMA = (
+    "append_kv(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_seqlens, "
+    "Tensor? cache_batch_idx, Tensor? leftpad_k, Tensor? page_table, Tensor? rotary_cos, Tensor? rotary_sin, "
+    "bool rotary_interleaved, bool positions_move, int[] split) -> (Tensor q_rotated, Tensor lengths, Tensor part_begin)"
+)
+_COMBINE_SCHEMA = (
+    "combine(Tensor out_partial, Tensor lse_partial, Tensor part_begin, Tensor? sinks, Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 _library = torch.library.Library("flash_ext", "FRAGMENT")
-for _schema in (_SCHEMA, _REFERENCE_SCHEMA):
+# What validate=True asks of the values; raises or does nothing.
+_CHECK_SCHEMA = (
+    "check_kvcache(Tensor q, Tensor k_cache, Tensor? k, Tensor cache_seqlens, Tensor? cache_batch_idx, Tensor? leftpad_k, "
+    "Tensor? page_table, Tensor? rotary_cos, bool positions_move) -> ()"
+)
+for _schema in (_SCHEMA, _REFERENCE_SCHEMA, _CHECK_SCHEMA, _APPEND_SCHEMA, _COMBINE_SCHEMA):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -134,8 +148,11 @@ def _positions_move(causal: bool, window_left: int, window_right: int) -> bool:
 
 def _reference(
     q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, rotary_sin,
-    rotary_interleaved, sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap, reason,
+    rotary_interleaved, sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap, validate, reason,
 ):  # fmt: skip
+    moves = _positions_move(causal, window_left, window_right)
+    if validate:
+        check_values(q, k_cache, k, cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, moves)
     if reason:
         env.warn_of_fallback("attention_with_kvcache", reason)
     with torch.autocast(q.device.type, enabled=False):
@@ -144,7 +161,6 @@ def _reference(
         if k is not None:
             if rotary_cos is not None:
                 start = before.length[:, None]
-                moves = _positions_move(causal, window_left, window_right)
                 rows = torch.arange(q.shape[1], device=q.device) * (1 if moves else 0)
                 q = reference_kvcache.rotate(q, start + rows, rotary_cos, rotary_sin, rotary_interleaved)
                 rows = torch.arange(k.shape[1], device=q.device)
@@ -158,19 +174,9 @@ def _reference(
 
 def _kvcache(*arguments):
     *inputs, _, validate, backend = arguments
-    if validate:
-        _check_values(*inputs)
     if backend not in (None, "reference"):
         raise ValueError(f"attention_with_kvcache: backend '{backend}' cannot run this call: no compiled kernel covers it")
-    return _reference(*inputs, ops._reason_without_kernels(inputs[0], backend))
-
-
-def _check_values(
-    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, rotary_sin,
-    rotary_interleaved, sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap,
-):  # fmt: skip
-    moves = _positions_move(causal, window_left, window_right)
-    check_values(q, k_cache, k, cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, moves)
+    return _reference(*inputs, validate, ops._reason_without_kernels(inputs[0], backend))
 
 
 def _fake(q, k_cache, v_cache, *_):
@@ -181,3 +187,4 @@ def _fake(q, k_cache, v_cache, *_):
 for _name, _implementation in (("kvcache", _kvcache), ("reference_kvcache", ops._kept(_reference))):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flash_ext::{_name}", _fake, lib=_library)
+_library.impl("check_kvcache", ops._kept(check_values), "CompositeExplicitAutograd")

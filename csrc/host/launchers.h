@@ -5,6 +5,7 @@
 
 #include <string_view>
 
+#include "common/kvcache_params.h"
 #include "common/params.h"
 
 namespace flash_ext {
@@ -13,11 +14,18 @@ using FwdLauncher = cudaError_t (*)(const FwdParams&, cudaStream_t);
 using FillUnusedLauncher = cudaError_t (*)(const FillUnusedParams&, cudaStream_t);
 using MaskBlocksLauncher = cudaError_t (*)(const MaskBlocksParams&, cudaStream_t);
 using BwdPreprocessLauncher = cudaError_t (*)(const BwdPreprocessParams&, cudaStream_t);
+using AppendKvLauncher = cudaError_t (*)(const AppendKvParams&, cudaStream_t);
+using FwdCacheLauncher = cudaError_t (*)(const FwdCacheParams&, cudaStream_t);
+using CombineLauncher = cudaError_t (*)(const CombineParams&, cudaStream_t);
 
 // Null when this build holds no such variant.
 FwdLauncher find_fwd(std::string_view variant);
 FillUnusedLauncher find_fill_unused(std::string_view variant);
 BwdPreprocessLauncher find_bwd_preprocess(std::string_view variant);
 MaskBlocksLauncher find_mask_blocks(std::string_view variant);
+AppendKvLauncher find_append_kv(std::string_view variant);
+CombineLauncher find_combine(std::string_view variant);
+FwdCacheLauncher find_fwd_cache(std::string_view variant);
+FwdCacheLauncher find_fwd_cache_gather(std::string_view variant);
 
 }  // namespace flash_ext

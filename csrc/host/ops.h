@@ -1,4 +1,4 @@
-// The op bodies. Schemas, shapes and errors: flash_ext/ops.py.
+// The op bodies. Schemas, shapes and errors: flash_ext/ops.py, kvcache.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -54,5 +54,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_block_mask(std::optional<
                                                                   Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                                   FX_BLOCK_MASK_PARAMETERS, bool deterministic,
                                                                   int64_t wanted, std::optional<std::string> backend);
+
+std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k, std::optional<Tensor> v,
+                                   Tensor cache_seqlens, std::optional<Tensor> cache_batch_idx,
+                                   std::optional<Tensor> leftpad_k, std::optional<Tensor> page_table,
+                                   std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
+                                   bool rotary_interleaved, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                                   double softcap, int64_t num_splits, bool validate, std::optional<std::string> backend);
+
+std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k,
+                                             std::optional<Tensor> v, Tensor cache_seqlens,
+                                             std::optional<Tensor> cache_batch_idx, std::optional<Tensor> leftpad_k,
+                                             std::optional<Tensor> page_table, std::optional<Tensor> rotary_cos,
+                                             std::optional<Tensor> rotary_sin, bool rotary_interleaved, bool positions_move,
+                                             std::vector<int64_t> split);
+
+void combine(Tensor out_partial, Tensor lse_partial, Tensor part_begin, std::optional<Tensor> sinks, Tensor out, Tensor lse);
 
 }  // namespace flash_ext

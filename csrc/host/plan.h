@@ -45,4 +45,7 @@ const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const D
 // The row for this device, or null.
 const Variant* plan_mask_blocks(const DeviceInfo& device);
 
+// The steps around attention over a KV cache: the variant of an op whose rows differ in head_dim_v alone, or null.
+const Variant* plan_kvcache_step(Op op, ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device);
+
 }  // namespace flash_ext

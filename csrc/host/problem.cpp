@@ -19,6 +19,21 @@ const char* dtype_name(ScalarType dtype) {
   }
 }
 
+const char* op_name(Op op) {
+  switch (op) {
+    case Op::k_fwd: return "fwd";
+    case Op::k_bwd: return "bwd";
+    case Op::k_bwd_preprocess: return "bwd_preprocess";
+    case Op::k_fill_unused: return "fill_unused";
+    case Op::k_mask_blocks: return "mask_blocks";
+    case Op::k_append_kv: return "append_kv";
+    case Op::k_combine: return "combine";
+    case Op::k_fwd_cache: return "fwd_cache";
+    case Op::k_fwd_cache_gather: return "fwd_cache_gather";
+  }
+  return "";
+}
+
 const char* why_copied(const TensorLayout& layout, ScalarType dtype) {
   constexpr int kRowDim = 1;
   const int64_t elements = 16 / element_size(dtype);

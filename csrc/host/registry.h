@@ -10,7 +10,17 @@ namespace flash_ext {
 
 enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
 
-enum class Op : uint8_t { k_fwd, k_bwd, k_bwd_preprocess, k_fill_unused, k_mask_blocks };
+enum class Op : uint8_t {
+  k_fwd,
+  k_bwd,
+  k_bwd_preprocess,
+  k_fill_unused,
+  k_mask_blocks,
+  k_append_kv,
+  k_combine,
+  k_fwd_cache,
+  k_fwd_cache_gather
+};
 
 // In the order of generality: a mask can stand in for every one before it; but k_blocks, which needs lists, for none.
 enum class Mask : uint8_t { k_none, k_full, k_causal, k_local, k_blocks };
@@ -24,7 +34,7 @@ struct Variant {
   Op op;
   int arch;  // 80 or 90: the lowest architecture that runs it, and the group it was compiled in
   ScalarType dtype;
-  int head_dim;    // the largest it covers; smaller multiples of 8 too
+  int head_dim;    // the largest it covers; smaller multiples of 8 too; 0: any
   int head_dim_v;  // the same
   Mask mask;
   Score score;
@@ -32,6 +42,8 @@ struct Variant {
   int block_n;
   int smem_bytes;  // what a CTA of the device must be allowed, where rows differ in that; 0: every device has enough
 };
+
+const char* op_name(Op op);
 
 std::span<const Variant> variants();
 

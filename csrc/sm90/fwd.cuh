@@ -76,6 +76,25 @@ struct FwdTile<192, 192, BlockMask, ModifiedScore> : TileSizes<128, 64, 3, 1> {}
 template <class Score>
 struct FwdTile<256, 256, BlockMask, Score> : TileSizes<128, 64, 2, 1> {};
 
+// Work policy: the items of the call's schedule, each with all the keys that its queries see.
+struct ScheduledWork {
+  __device__ __forceinline__ static int num_items(const FwdParams& params) { return params.schedule.num_items(); }
+  template <int kBlockM>
+  __device__ __forceinline__ static QueryTile query_tile(const FwdParams& params, int index, int lane) {
+    return warp_query_tile<kBlockM>(params, params.schedule.item(index), lane);
+  }
+  __device__ __forceinline__ static KeyTiles part_of(const FwdParams&, const QueryTile&, const KeyTiles& tiles) {
+    return tiles;
+  }
+};
+
+// Producer policy: what the producer warpgroup does.
+struct TmaProducer {
+  static constexpr int kArrivals = 1;  // on a full barrier of K or V, beside the bytes
+  template <class Config, class Shared>
+  __device__ __forceinline__ static void run(const FwdParams& params, Shared& shared, int warp);
+};
+
 // A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
 template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_ = PlainScore>
 struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_, Score_> {
@@ -84,6 +103,9 @@ struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_, Score_> {
   using Mask = Mask_;
   using Score = Score_;
   using Tiles = typename TilesOf<Mask>::Type;
+  using Params = FwdParams;
+  using Work = ScheduledWork;
+  using Producer = TmaProducer;
   using Output = DenseOutput<Element>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -91,6 +113,7 @@ struct FwdConfig : FwdTile<kHeadDim_, kHeadDimV_, Mask_, Score_> {
   static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
   static constexpr int kMinBlocksPerSm = 1;
   // setmaxnreg; together they fit the register file, 65536 / kNumThreads registers at launch.
+  static constexpr bool kMovesRegisters = true;
   static constexpr int kProducerRegisters = kNumConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kNumConsumers == 2 ? 240 : 160;
   // Bytes of a tile with this many rows, in whole slabs.
@@ -135,21 +158,22 @@ struct SharedStorage {
 
 // The items of one CTA in order, the same for every role, by converged warps: function(queries, tiles of keys).
 template <class Config, class Function>
-__device__ __forceinline__ void for_each_item(const FwdParams& params, int lane, Function&& function) {
-  const Schedule& schedule = params.schedule;
+__device__ __forceinline__ void for_each_item(const typename Config::Params& params, int lane, Function&& function) {
+  using Work = typename Config::Work;
+  const int num_items = Work::num_items(params);
   for (int round = 0;; ++round) {
     const int index = Schedule::index(round, blockIdx.x, gridDim.x);
-    if (index >= schedule.num_items()) return;
-    const QueryTile queries = warp_query_tile<Config::kBlockM>(params, schedule.item(index), lane);
+    if (index >= num_items) return;
+    const QueryTile queries = Work::template query_tile<Config::kBlockM>(params, index, lane);
     if (!queries.exists()) continue;
     if constexpr (Config::Tiles::kListed) {
       static_assert(kMaskBlock % Config::kBlockM == 0, "a tile of queries lies in one block");
       function(queries, ListedTiles<Config::kBlockN>::of_line(params.blocks, queries.index, queries.head(0),
                                                               queries.first_position / kMaskBlock));
     } else {
-      function(queries, Config::Tiles::template key_tiles<Config::kBlockN>(
-                            typename Config::Mask(params.mask), queries.sequence, queries.first_position,
-                            queries.last_position(Config::kBlockM)));
+      const KeyTiles tiles = Config::Tiles::template key_tiles<Config::kBlockN>(
+          typename Config::Mask(params.mask), queries.sequence, queries.first_position, queries.last_position(Config::kBlockM));
+      function(queries, Work::part_of(params, queries, tiles));
     }
   }
 }
@@ -205,6 +229,11 @@ __device__ __forceinline__ void produce(const FwdParams& params, SharedStorage<C
   });
 }
 
+template <class Config, class Shared>
+__device__ __forceinline__ void TmaProducer::run(const FwdParams& params, Shared& shared, int warp) {
+  if (warp == 0) produce<Config>(params, shared);
+}
+
 // ---- consumers: 64 rows each ----
 
 // What `step` needs to know of a tile of keys.
@@ -241,13 +270,15 @@ __device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread,
 }
 
 template <class Config>
-__device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<Config>& shared, int warpgroup) {
+__device__ __forceinline__ void consume(const typename Config::Params& params, SharedStorage<Config>& shared,
+                                        int warpgroup) {
   using Element = typename Config::Element;
   using Score = typename Config::Score;
   using Shared = SharedStorage<Config>;
   constexpr int kNumAccS = Config::kBlockN / 2;
   constexpr int kNumAccO = Config::kHeadDimV / 2;
   constexpr int kTurnThreads = 2 * kThreadsPerWarpgroup;
+  constexpr bool kTakesTurns = Config::kNumConsumers > 1;
   const int thread = threadIdx.x % kThreadsPerWarpgroup;
   const int lane = thread % 32;
   const bool elected = lane == 0;
@@ -314,7 +345,7 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   };
 
   // The first turn is warpgroup 0's.
-  if (warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
+  if (kTakesTurns && warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
 
   QueryTile& kept = shared.items[warpgroup * 4 + thread / 32];
 
@@ -371,11 +402,11 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
       float rescale[2];
       const auto biases = score.template load_tile<Config::kBlockN>(sequence.k, n_block, lane);
       shared.k_ring.wait_full(k_state);
-      named_barrier_sync(my_turn, kTurnThreads);
+      if constexpr (kTakesTurns) named_barrier_sync(my_turn, kTurnThreads);
       issue_scores();
       shared.v_ring.wait_full(v_state);
       issue_output();
-      named_barrier_arrive(next_turn, kTurnThreads);
+      if constexpr (kTakesTurns) named_barrier_arrive(next_turn, kTurnThreads);
       wgmma_wait<1>();
       pin_registers(acc_s);
       shared.k_ring.release(k_state, elected);
@@ -479,11 +510,12 @@ __device__ __forceinline__ void consume(const FwdParams& params, SharedStorage<C
   });
 
   // Takes the last signal of the ring, so that every arrival has met its wait.
-  if (warpgroup == 0) named_barrier_sync(my_turn, kTurnThreads);
+  if (kTakesTurns && warpgroup == 0) named_barrier_sync(my_turn, kTurnThreads);
 }
 
 template <class Config>
-__device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
+__device__ __forceinline__ void flash_fwd_sm90(const typename Config::Params& params) {
+  using Producer = typename Config::Producer;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   // The shuffle tells the compiler that the value is the same in the whole warp.
@@ -491,22 +523,22 @@ __device__ __forceinline__ void flash_fwd_sm90(const FwdParams& params) {
 
   if (warp == 0 && elect_one()) {
     prefetch_tensor_map(params.q_tma.map);
-    if (params.seqlens_k.num_rows > 0) {
+    if (Producer::kArrivals == 1 && params.seqlens_k.num_rows > 0) {
       prefetch_tensor_map(params.k_tma.map);
       prefetch_tensor_map(params.v_tma.map);
     }
-    shared.q_ring.init(Config::kNumConsumers * 4);
-    shared.k_ring.init(Config::kNumConsumers * 4);
-    shared.v_ring.init(Config::kNumConsumers * 4);
+    shared.q_ring.init(1, Config::kNumConsumers * 4);
+    shared.k_ring.init(Producer::kArrivals, Config::kNumConsumers * 4);
+    shared.v_ring.init(Producer::kArrivals, Config::kNumConsumers * 4);
     fence_mbarrier_init();
   }
   __syncthreads();
 
   if (warp < 4) {
-    decrease_registers<Config::kProducerRegisters>();
-    if (warp == 0) produce<Config>(params, shared);
+    if constexpr (Config::kMovesRegisters) decrease_registers<Config::kProducerRegisters>();
+    Producer::template run<Config>(params, shared, warp);
   } else {
-    increase_registers<Config::kConsumerRegisters>();
+    if constexpr (Config::kMovesRegisters) increase_registers<Config::kConsumerRegisters>();
     consume<Config>(params, shared, warp / 4 - 1);
   }
 }

@@ -22,16 +22,17 @@ struct RingState {
   }
 };
 
-// full[s]: 1 arrival (the producer's expect_tx) and the bytes of the copies; consumers wait.
+// full[s]: 1 arrival (the producer's expect_tx) and the bytes of the copies, or the arrivals of the threads that copied;
+// consumers wait.
 // empty[s]: one arrival per consumer warp, when its reads of the stage are done; the producer waits.
 template <int kStages>
 struct RingBarriers {
   uint64_t full[kStages];
   uint64_t empty[kStages];
 
-  __device__ __forceinline__ void init(int num_consumer_warps) {
+  __device__ __forceinline__ void init(int num_producers, int num_consumer_warps) {
     for (int s = 0; s < kStages; ++s) {
-      mbarrier_init(&full[s], 1);
+      mbarrier_init(&full[s], num_producers);
       mbarrier_init(&empty[s], num_consumer_warps);
     }
   }

@@ -1,0 +1,161 @@
+// Op body of kvcache: append_kv -> forward over the cache -> combine, or the reference with the reasons why.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "host/check.h"
+#include "host/emulator.h"
+#include "host/kvcache.h"
+#include "host/launchers.h"
+#include "host/ops.h"
+#include "host/plan_kvcache.h"
+
+namespace flash_ext {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+CacheProblem problem_of(const CacheTensors& cache, const Tensor& q, const std::optional<Tensor>& k,
+                        const std::optional<Tensor>& rotary_cos, bool causal, int64_t window_left, int64_t window_right,
+                        bool modified_score, int64_t num_splits) {
+  CacheProblem problem{.dtype = scalar_type_of(q),
+                       .q = layout_of(q),
+                       .k_cache = layout_of(cache.k_cache),
+                       .v_cache = layout_of(cache.v_cache),
+                       .paged = cache.page_table.has_value(),
+                       .leftpad = cache.leftpad_k.has_value(),
+                       .appends = k.has_value(),
+                       .capacity = cache.k_cache.size(1) * (cache.page_table ? cache.page_table->size(1) : 1),
+                       .rotary_dim = rotary_cos ? 2 * rotary_cos->size(1) : 0,
+                       .window_left = window_left,
+                       .window_right = causal ? 0 : window_right,
+                       .modified_score = modified_score,
+                       .num_splits = num_splits};
+  return problem;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k, std::optional<Tensor> v,
+                                   Tensor cache_seqlens, std::optional<Tensor> cache_batch_idx,
+                                   std::optional<Tensor> leftpad_k, std::optional<Tensor> page_table,
+                                   std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
+                                   bool rotary_interleaved, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                                   double softcap, int64_t num_splits, bool validate, std::optional<std::string> backend) {
+  normalise_indices(&cache_seqlens, &cache_batch_idx, &leftpad_k, &page_table);
+  const CacheTensors cache{k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, page_table};
+  check_cache(cache, q);
+  const DeviceInfo& device = device_info_of(q);
+  const CacheProblem problem = problem_of(cache, q, k, rotary_cos, causal, window_left, window_right,
+                                          softcap > 0 || alibi_slopes.has_value(), num_splits);
+  const CachePlan plan = plan_kvcache(problem, device);
+  const std::string asked = backend.value_or("");
+  if (plan.variant == nullptr || (!asked.empty() && asked != "sm90")) {
+    FX_CHECK(asked.empty() || asked == "reference", "attention_with_kvcache: backend '", asked, "' cannot run this call; ",
+             plan.reasons_as_text());
+    // Asked for by name, the reference is no fallback and gives no warning.
+    const std::string reason = asked.empty() ? plan.reasons_as_text() : "";
+    std::vector<StableIValue> stack{
+        from(q),           from(k_cache),    from(v_cache),    from(k),
+        from(v),           from(cache_seqlens), from(cache_batch_idx), from(leftpad_k),
+        from(page_table),  from(rotary_cos), from(rotary_sin), from(rotary_interleaved),
+        from(sinks),       from(alibi_slopes), from(softmax_scale), from(causal),
+        from(window_left), from(window_right), from(softcap),  from(validate),
+        from(reason)};
+    call_op("flash_ext::reference_kvcache", stack.data());
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  }
+  const bool positions_move = causal || window_left >= 0 || window_right >= 0;
+  if (validate) {
+    std::vector<StableIValue> stack{from(q),         from(k_cache),    from(k),          from(cache_seqlens), from(cache_batch_idx),
+                                    from(leftpad_k), from(page_table), from(rotary_cos), from(positions_move)};
+    call_op("flash_ext::check_kvcache", stack.data());
+  }
+
+  const int64_t batch = q.size(0), seqlen_q = q.size(1), num_heads = q.size(2), head_dim_v = v_cache.size(3);
+  const int64_t out_sizes[] = {batch, seqlen_q, num_heads, head_dim_v};
+  Tensor out = torch::stable::new_empty(q, out_sizes), lse = new_float32(q, {batch, num_heads, seqlen_q});
+  Tensor q_rows = with_aligned_rows(q), lengths = cache_seqlens, part_begin = cache_seqlens;
+  if (batch == 0) return {out, lse};
+  if (plan.prepares) {
+    std::vector<int64_t> split;
+    if (plan.max_parts > 0) {
+      split = {plan.items_per_part, plan.grid, num_splits, plan.variant->block_n, problem.window_left};
+    }
+    auto [rotated, after, parts] =
+        append_kv(q_rows, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, rotary_sin,
+                  rotary_interleaved, positions_move, split);
+    if (rotary_cos) q_rows = rotated;
+    lengths = after, part_begin = parts;
+  }
+  if (out.numel() == 0) return {out, lse};
+
+  const bool parts = plan.max_parts > 0;
+  Tensor out_partial = new_float32(q, {plan.max_parts, num_heads, seqlen_q, head_dim_v});
+  Tensor lse_partial = new_float32(q, {plan.max_parts, num_heads, seqlen_q});
+  {
+    OpMemory memory;
+    memory.add(q_rows, MemoryRole::kIn, "q");
+    memory.add(k_cache, MemoryRole::kIn, "k_cache");
+    memory.add(v_cache, MemoryRole::kIn, "v_cache");
+    memory.add(lengths, MemoryRole::kIn, "lengths");
+    if (parts) memory.add(part_begin, MemoryRole::kIn, "part_begin");
+    if (cache_batch_idx) memory.add(*cache_batch_idx, MemoryRole::kIn, "cache_batch_idx");
+    if (leftpad_k) memory.add(*leftpad_k, MemoryRole::kIn, "leftpad_k");
+    if (page_table) memory.add(*page_table, MemoryRole::kIn, "page_table");
+    if (sinks) memory.add(*sinks, MemoryRole::kIn, "sinks");
+    if (alibi_slopes) memory.add(*alibi_slopes, MemoryRole::kIn, "alibi_slopes");
+    memory.add(parts ? out_partial : out, MemoryRole::kOut, "out");
+    memory.add(parts ? lse_partial : lse, MemoryRole::kOut, "lse");
+
+    FwdCacheParams params{};
+    params.q = q_rows.data_ptr(), params.k = k_cache.data_ptr(), params.v = v_cache.data_ptr();
+    params.q_strides = row_strides_of(q_rows);
+    params.k_strides = row_strides_of(k_cache), params.v_strides = row_strides_of(v_cache);
+    params.batch = static_cast<int>(batch);
+    params.num_heads = static_cast<int>(num_heads);
+    params.num_heads_kv = static_cast<int>(k_cache.size(2));
+    params.head_dim = static_cast<int>(q.size(3));
+    params.head_dim_v = static_cast<int>(head_dim_v);
+    params.places = places_of(cache);
+    params.seqlens_q.num_rows = static_cast<int>(seqlen_q);
+    params.seqlens_k = {.cu_seqlens = nullptr,
+                        .seqused = static_cast<const int*>(lengths.data_ptr()),
+                        .leftpad = leftpad_k ? static_cast<const int*>(leftpad_k->data_ptr()) : nullptr,
+                        .num_rows = params.places.num_blocks > 0 ? params.places.capacity : 0};
+    const auto window = [](int64_t side) { return static_cast<int>(min_of<int64_t>(side, kMaxWindow)); };
+    params.mask = {.window_left = window(problem.window_left), .window_right = window(problem.window_right)};
+    params.score = {.softmax_scale = static_cast<float>(softmax_scale),
+                    .softcap = static_cast<float>(softcap),
+                    .alibi_slopes = alibi_slopes ? static_cast<const float*>(alibi_slopes->data_ptr()) : nullptr,
+                    .alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0,
+                    .k_bias = nullptr,
+                    .k_bias_batch_stride = 0,
+                    .k_bias_head_stride = 0};
+    params.sinks = sinks && !parts ? static_cast<const float*>(sinks->data_ptr()) : nullptr;
+    params.out = out.data_ptr(), params.lse = static_cast<float*>(lse.data_ptr());
+    params.out_strides = row_strides_of(out);
+    params.lse_strides = {.batch = num_heads * seqlen_q, .row = 1, .head = seqlen_q};
+    params.num_splits = 1;
+    params.heads_per_tile = plan.heads_per_tile;
+    params.num_ctas = static_cast<int>(plan.grid);
+    params.num_m_blocks = static_cast<int>(plan.num_m_blocks);
+    params.items_per_part = static_cast<int>(plan.items_per_part);
+    if (parts) {
+      params.part_begin = static_cast<const int*>(part_begin.data_ptr());
+      params.out_partial = static_cast<float*>(out_partial.data_ptr());
+      params.lse_partial = static_cast<float*>(lse_partial.data_ptr());
+    }
+    const LaunchScope scope(q);
+    const FwdCacheLauncher launch = plan.variant->op == Op::k_fwd_cache ? find_fwd_cache(plan.variant->name)
+                                                                       : find_fwd_cache_gather(plan.variant->name);
+    FX_CUDA_CHECK(launch(params, scope.stream()), plan.variant->name);
+  }
+  if (parts) combine(out_partial, lse_partial, part_begin, sinks, out, lse);
+  return {out, lse};
+}
+
+}  // namespace flash_ext
