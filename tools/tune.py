@@ -84,7 +84,7 @@ def candidates(head_dim: int, head_dim_v: int) -> list[Tile]:
     """Every tile of 2 or 3 consumer warpgroups that fits, with as many stages as it leaves room for (MAX_STAGES at most)."""
     found = []
     for block_m in (128, 192):
-        for block_n in range(80, 257, 16):
+        for block_n in range(64, 257, 16):
             for stages_q in (1, 2):
                 fitting = [s for s in range(2, MAX_STAGES + 1) if Tile(block_m, block_n, s, stages_q).fits(head_dim, head_dim_v)]
                 found += [Tile(block_m, block_n, stages, stages_q) for stages in fitting[-1:]]
@@ -94,7 +94,7 @@ def candidates(head_dim: int, head_dim_v: int) -> list[Tile]:
 def row_of(head_dim: int, mask: str, dtype: str, head_dim_v: int | None = None) -> variants.Variant:
     wanted = ("fwd", "sm90", dtype, head_dim, head_dim_v or head_dim, mask)
     for row in variants.VARIANTS:
-        if (row.op, row.arch, row.dtype, row.head_dim, row.head_dim_v, row.mask) == wanted:
+        if (row.op, row.arch, row.dtype, row.head_dim, row.head_dim_v, row.mask) == wanted and not row.scored:
             return row
     known = sorted({(r.head_dim, r.head_dim_v, r.mask) for r in variants.VARIANTS if (r.op, r.arch) == ("fwd", "sm90")})
     raise LookupError(
@@ -125,10 +125,10 @@ def candidate_table(row: variants.Variant, tile: Tile | None) -> str:
 def candidate_tile(row: variants.Variant, tile: Tile) -> str:
     """Appended to a copy's csrc/sm90/fwd.cuh: the row's mask under another name, for which FwdTile is the candidate's."""
     dims = row.config.split(",", 1)[1].replace(_mask_of(row), "CandidateMask").removesuffix(">")
-    numbers = f"kBlockM = {tile.block_m}, kBlockN = {tile.block_n}, kStages = {tile.stages}, kStagesQ = {tile.stages_q}"
+    sizes = f"TileSizes<{tile.block_m}, {tile.block_n}, {tile.stages}, {tile.stages_q}>"
     return (
         f"\nnamespace flash_ext::sm90 {{\nstruct CandidateMask : {_mask_of(row)} {{}};\ntemplate <>\n"
-        f"struct FwdTile<{dims.strip()}> {{\n  static constexpr int {numbers};\n}};\n}}  // namespace flash_ext::sm90\n"
+        f"struct FwdTile<{dims.strip()}> : {sizes} {{}};\n}}  // namespace flash_ext::sm90\n"
     )
 
 
@@ -288,8 +288,7 @@ def report(row: variants.Variant, results: dict[str, dict[str, object]], seqlens
         lines += [
             f'winner, for csrc/variants.py:      ({row.head_dim}, {row.head_dim_v}, "{row.mask}"): '
             f"({tile.block_m}, {tile.block_n}),",
-            f"and for FwdTile in sm90/fwd.cuh:   kBlockM = {tile.block_m}, kBlockN = {tile.block_n}, "
-            f"kStages = {tile.stages}, kStagesQ = {tile.stages_q}",
+            f"and for FwdTile in sm90/fwd.cuh:   TileSizes<{tile.block_m}, {tile.block_n}, {tile.stages}, {tile.stages_q}>",
         ]  # fmt: skip
     return "\n".join(lines)
 

@@ -2,7 +2,9 @@
 // value: out, dq, dk, dv 0, lse -inf. Usually there are none, and the kernel reads a few numbers and ends.
 #pragma once
 
+#ifdef __CUDACC__
 #include <cuda_runtime.h>
+#endif
 
 #include "common/params.h"
 
@@ -30,6 +32,7 @@ FX_HOST_DEVICE constexpr bool is_shown(const SeqlenParams& params, int batch, in
   return shown.first_row <= row && row < shown.first_row + shown.num_rows;
 }
 
+#ifdef __CUDACC__
 template <class Config>
 __device__ __forceinline__ void fill_unused(const FillUnusedParams& params) {
   const bool packed = params.seqlens.cu_seqlens != nullptr;
@@ -64,5 +67,6 @@ cudaError_t launch_fill_unused(Kernel* kernel, const FillUnusedParams& params, c
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(num_blocks)),
                           dim3(Config::kNumThreads), arguments, 0, stream);
 }
+#endif
 
 }  // namespace flash_ext

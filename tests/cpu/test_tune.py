@@ -47,11 +47,11 @@ def test_a_copy_has_the_candidate_in_the_place_of_the_row(tmp_path: Path) -> Non
     assert (row.name, row.block_m, row.block_n) == (ROW.name, 128, 144)
     written = copied.generate(tmp_path / "generated", copied.select())
     text = written[row.unit][1].read_text()
-    assert "sm90::FwdConfig<__nv_bfloat16, 128, 128, flash_ext::sm90::CandidateMask>;" in text
+    assert "sm90::FwdConfig<__nv_bfloat16, 128, 128, flash_ext::sm90::CandidateMask, flash_ext::PlainScore>;" in text
     assert "kBlockN == 144" in text and text.count("__global__") == 1
     added = (tmp_path / "csrc/sm90/fwd.cuh").read_text().removeprefix((ROOT / "csrc/sm90/fwd.cuh").read_text())
-    assert "struct CandidateMask : flash_ext::CausalMask {};" in added and "struct FwdTile<128, 128, CandidateMask> {" in added
-    assert "kBlockM = 128, kBlockN = 144, kStages = 2, kStagesQ = 1;" in added
+    assert "struct CandidateMask : flash_ext::CausalMask {};" in added and "struct FwdTile<128, 128, CandidateMask, " in added
+    assert "flash_ext::PlainScore> : TileSizes<128, 144, 2, 1> {};" in added
     del sys.modules["copied_variants"]
 
 
@@ -102,7 +102,7 @@ def test_the_winner_is_printed_as_a_row(tmp_path: Path) -> None:
         "128x176/2/1",
     ]
     assert lines[3].endswith("| 550 | 1100 | 778 | 1.100 |")
-    assert '(128, 128, "causal"): (128, 160),' in text and "kStages = 2, kStagesQ = 1" in text
+    assert '(128, 128, "causal"): (128, 160),' in text and "TileSizes<128, 160, 2, 1>" in text
 
 
 def test_a_gain_within_the_drift_is_no_gain(tmp_path: Path) -> None:

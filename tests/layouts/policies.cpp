@@ -5,10 +5,12 @@
 #include <limits>
 #include <vector>
 
+#include "common/fill_unused.cuh"
 #include "common/masks.cuh"
 #include "common/scheduler.cuh"
 #include "common/scores.cuh"
 #include "common/tiles.cuh"
+#include "common/work.cuh"
 
 namespace {
 
@@ -183,6 +185,91 @@ void check_sequences() {
   for (int b = 0; b < 8; ++b) EXPECT(blocks[b] == ceil_div(lengths[b], kBlock), "sequence %d has %d blocks", b, blocks[b]);
 }
 
+// The bits of hidden columns against the columns themselves, for every thread of a row and every interval.
+template <int kNumAcc>
+void check_hidden_bits() {
+  constexpr int kColumns = 2 * kNumAcc;
+  for (int thread = 0; thread < 4; ++thread) {
+    for (int begin = -9; begin <= kColumns + 9; ++begin) {
+      for (int end = begin; end <= kColumns + 9; ++end) {
+        const int first = acc_first_col(thread);
+        const uint64_t outside = HiddenBits<kNumAcc>::outside(begin - first, end - first);
+        const uint64_t from = HiddenBits<kNumAcc>::from(end - first);
+        for (int i = 0; i < kNumAcc; ++i) {
+          const int column = acc_col(thread, i), bit = acc_position(i);
+          EXPECT(acc_at(acc_half(i), bit) == i, "accumulator %d", i);
+          EXPECT((outside >> bit & 1) == (column < begin || column >= end), "column %d outside [%d, %d)", column, begin, end);
+          EXPECT((from >> bit & 1) == (column >= end), "column %d from %d", column, end);
+        }
+      }
+    }
+  }
+}
+
+// Every query of every head and part belongs to one row of one item, packed or not, with one head a tile or more; items
+// of no sequence do not exist.
+void check_work(int group, int heads_per_tile, bool packed, int num_splits) {
+  constexpr int kBlockM = 16, kHeadsKv = 2, kBatch = 5;
+  const int lengths[kBatch] = {0, 7, 40, 1, 16}, pads[kBatch] = {0, 2, 0, 1, 3};
+  int cu_seqlens[kBatch + 1] = {3};
+  for (int b = 0; b < kBatch; ++b) cu_seqlens[b + 1] = cu_seqlens[b] + lengths[b];
+  FwdParams params{};
+  params.batch = kBatch;
+  params.num_heads = group * kHeadsKv;
+  params.num_heads_kv = kHeadsKv;
+  params.head_dim = params.head_dim_v = 64;
+  params.heads_per_tile = heads_per_tile;
+  params.num_splits = num_splits;
+  for (int part = 0; part <= num_splits; ++part) params.split_boundaries[part] = 10 * part;
+  params.seqlens_q = packed ? SeqlenParams{cu_seqlens, nullptr, pads, cu_seqlens[kBatch] + 4} : SeqlenParams{nullptr, lengths, pads, 41};
+  params.seqlens_k = packed ? SeqlenParams{cu_seqlens, nullptr, nullptr, cu_seqlens[kBatch]} : SeqlenParams{nullptr, nullptr, nullptr, 10 * num_splits};
+  const Schedule schedule = make_fwd_schedule(params, kBlockM);
+  std::vector<int> visits(kBatch * params.num_heads * num_splits * 64, 0);
+  for (int index = 0; index < schedule.num_items(); ++index) {
+    const WorkItem item = schedule.item(index);
+    const SequenceBlock block = packed ? block_at_slot(params.seqlens_q, kBatch, kBlockM / heads_per_tile, item.m_block)
+                                       : dense_block(params, item);
+    const QueryTile tile = query_tile(params, item, block, kBlockM);
+    if (!tile.exists()) continue;
+    const int shown = max_of(0, lengths[tile.index] - pads[tile.index]);
+    EXPECT(tile.sequence.q.num_rows == shown, "sequence %d has %d rows", tile.index, tile.sequence.q.num_rows);
+    int last = -1;
+    for (int row = 0; row < kBlockM; ++row) {
+      if (!tile.holds(row)) continue;
+      last = max_of(last, tile.position(row));
+      EXPECT(tile.position(row) < 64 && tile.head(row) < params.num_heads && tile.head(row) / group == tile.head_kv, "item %d", index);
+      EXPECT(tile.existing_head(row) == tile.head(row), "item %d", index);
+      ++visits[((tile.index * params.num_heads + tile.head(row)) * num_splits + tile.part) * 64 + tile.position(row)];
+    }
+    EXPECT(last == tile.last_position(kBlockM), "item %d ends at %d", index, last);
+    for (int row = 0; row < kBlockM; ++row) EXPECT(tile.existing_head(row) / group == tile.head_kv, "item %d", index);
+    if (num_splits > 1) EXPECT(tile.sequence.k.first_row == 10 * tile.part && tile.sequence.k.num_rows == 10, "part %d", tile.part);
+  }
+  for (int b = 0; b < kBatch; ++b) {
+    for (int i = 0; i < params.num_heads * num_splits * 64; ++i) {
+      const bool shown = i % 64 < max_of(0, lengths[b] - pads[b]);
+      EXPECT(visits[b * params.num_heads * num_splits * 64 + i] == shown, "sequence %d, query %d", b, i % 64);
+    }
+  }
+}
+
+// Rows that no sequence shows, against the sequences' own ranges. What stands behind cu_seqlens is not its business.
+void check_shown() {
+  const int cu_seqlens[] = {2, 2, 9, 9, 20, 20, 24}, used[] = {0, 4, 3, 11, 0}, pads[] = {0, 1, 0, 2, 0};
+  constexpr int kBatch = 5, kTotal = 24;
+  for (int with = 0; with < 4; ++with) {
+    const SeqlenParams params{cu_seqlens, with & 1 ? used : nullptr, with & 2 ? pads : nullptr, kTotal};
+    std::vector<bool> shown(kTotal, false);
+    for (int b = 0; b < kBatch; ++b) {
+      const RowRange rows = rows_of_sequence(params, b);
+      for (int row = 0; row < rows.num_rows; ++row) shown[rows.first_row + row] = true;
+    }
+    for (int row = 0; row < kTotal; ++row) EXPECT(is_shown(params, kBatch, 0, row) == shown[row], "row %d", row);
+  }
+  const SeqlenParams dense{nullptr, used, pads, 8};
+  for (int row = 0; row < 8; ++row) EXPECT(is_shown(dense, kBatch, 1, row) == (row >= 1 && row < 4), "row %d", row);
+}
+
 // Every item once, whatever the number of CTAs; longer tiles never after shorter ones in a group of heads; query
 // heads of one KV head together; and, for causal lengths, hardly any imbalance.
 void check_schedule(int num_m_blocks, int batch, int num_heads, int num_heads_kv, int64_t kv_bytes, int num_ctas) {
@@ -270,6 +357,18 @@ int main() {
   check_schedules();
   check_divisors();
   check_scale();
+  check_hidden_bits<32>();
+  check_hidden_bits<40>();
+  check_hidden_bits<64>();
+  check_hidden_bits<88>();
+  for (bool packed : {false, true}) {
+    for (int heads_per_tile : {1, 2, 4, 8}) {
+      for (int group : {1, 3, 8, 11}) {
+        for (int num_splits : {1, 3}) check_work(group, heads_per_tile, packed, packed ? 1 : num_splits);
+      }
+    }
+  }
+  check_shown();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
