@@ -73,6 +73,18 @@ def test_only_what_is_wanted_is_computed(kind: str) -> None:
     assert (everything[3].shape == (0,)) == (kind == "split")  # no sinks there
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_rounded_once(kind: str) -> None:
+    """The bits of a float32 call on the same numbers, rounded: sums over tiles, heads and parts of the keys stay float32."""
+    q, k, v, *rest = inputs(kind, torch.bfloat16)
+    out, lse, _ = OPS.fwd(q, k, v, *rest, False, False, None)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    got = OPS.bwd(dout, dlse, q, k, v, out, lse, *rest, False, EVERYTHING, None)
+    wide = [t.float() for t in (dout, dlse, q, k, v, out, lse)]
+    for low, full in zip(got, OPS.bwd(*wide, *rest, False, EVERYTHING, None), strict=True):
+        assert torch.equal(low, full.to(low.dtype))
+
+
 def test_gradients_flow_to_what_needs_them() -> None:
     """Each input alone gets what it gets among all; the op computes no more than that."""
     names = ("q", "k", "v", "sinks", "k_bias")
