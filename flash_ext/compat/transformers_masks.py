@@ -194,7 +194,10 @@ def make_mask(
     if pattern.starts is not None:
         return _sequences(pattern.starts, pattern.causal, windowed)
     if not may_skip and q_length > 1:
-        return draw()
+        # Whoever asks for a whole mask computes with it, and in a form (bool, float) that depends on the implementation.
+        raise NotImplementedError(
+            f"{_NAME}: not supported by flash_ext: a model that computes with its mask (allow_is_..._skip=False)"
+        )
 
     visible = None
     if attention_mask is not None:

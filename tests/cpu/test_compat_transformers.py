@@ -359,7 +359,7 @@ def test_no_key_bias_where_none_is_needed():
 
 
 @pytest.mark.parametrize("kind", ["none", "left"])
-@pytest.mark.parametrize("name", ["bloom", "xglm", "codegen"])
+@pytest.mark.parametrize("name", ["bloom", "xglm", "codegen", "longformer"])
 def test_models_with_an_attention_of_their_own_stop(name, kind):
     """They ask no attention interface, but get their masks from it: without a mask they would not be causal."""
     table = {
@@ -377,9 +377,10 @@ def test_models_with_an_attention_of_their_own_stop(name, kind):
             "eager",
         ),
     }
+    table["longformer"] = ("LongformerConfig", {**SIZES, "attention_window": WINDOW}, "LongformerModel", "eager")
     own, theirs = pair(name, table)
     own(tokens(), attention_mask=padding(kind))
-    with pytest.raises((RuntimeError, ValueError), match=r"size|shape"):
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=r"size|shape|mask"):
         theirs(tokens(), attention_mask=padding(kind))
 
 
@@ -462,9 +463,16 @@ def test_masks_of_the_models_own(q_length):
     assert nothing_hidden(mask_of(short)), "one chunk is plain causal attention"
 
 
-def test_masks_that_callers_compute_with_are_drawn():
-    mask = mask_of(allow_is_causal_skip=False)
-    assert torch.equal(mask, torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6))
+@pytest.mark.parametrize("name", ["causal", "bidirectional"])
+def test_masks_that_callers_compute_with(name):
+    function, skip = getattr(masking_utils, f"{name}_mask_function"), f"allow_is_{name}_skip"
+    with pytest.raises(NotImplementedError, match="computes with its mask"):
+        mask_of(function, **{skip: False})
+    assert read(mask_of(function, q_length=1, q_offset=5, **{skip: False}), 1).key_bias is None, "a step of a compiled decoder"
+
+
+def test_masks_between_queries_and_keys():
+    mask = masking_utils.sdpa_mask(2, 6, 6, allow_is_causal_skip=False)
     with pytest.raises(NotImplementedError, match=r"attention_mask=bool tensor of shape \(2, 1, 6, 6\) for 6 queries"):
         read(mask)
 
