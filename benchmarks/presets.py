@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import patterns
+
 PASSES = ("fwd", "bwd", "fwd+bwd")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
 
@@ -26,7 +28,7 @@ class Case:
 
     lengths: sequences packed one after another into batch 1; attention stays inside each (causal or not). prefix: that
     many leading keys are seen by every query, the rest is causal. window: (left, right), -1 unbounded. softcap: 0 is off.
-    sinks: a logit for each query head joins the softmax's denominator.
+    sinks: a logit for each query head joins the softmax's denominator. pattern: a mask of patterns.py.
     """
 
     family: str
@@ -43,6 +45,7 @@ class Case:
     prefix: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    pattern: str = ""
     dtype: str = "bf16"
     direction: str = "fwd"
 
@@ -53,6 +56,8 @@ class Case:
 
     @property
     def _mask(self) -> str:
+        if self.pattern:
+            return self.pattern
         if self.prefix:
             return "prefix"
         if self.lengths:
@@ -76,7 +81,7 @@ class Case:
     @property
     def plain(self) -> bool:
         """Whether the mask is full or causal over whole sequences and scores are only scaled: what all implementations take."""
-        return not self.lengths and not self.prefix and self.window == (-1, -1) and not self.changes_scores
+        return not self.lengths and not self.prefix and not self.pattern and self.window == (-1, -1) and not self.changes_scores
 
     @property
     def changes_scores(self) -> bool:
@@ -84,7 +89,9 @@ class Case:
 
     def pairs(self) -> float:
         """(query, key) pairs of all heads and sequences that are worked on."""
-        if self.prefix:
+        if self.pattern:
+            one = patterns.pairs(self.pattern, self.seqlen_q)
+        elif self.prefix:
             rest = self.seqlen_k - self.prefix
             one = self.seqlen_q * self.prefix + rest * rest / 2
         elif self.lengths:
@@ -123,6 +130,8 @@ class Case:
 
     def visible(self, rows: Tensor) -> Tensor:
         """(rows, seqlen_k) bool: the keys that these rows of the queries see (bottom-right aligned)."""
+        if self.pattern:
+            return patterns.visible(self.pattern, rows, self.seqlen_k)
         keys = torch.arange(self.seqlen_k, device=rows.device)[None]
         distance = keys - rows[:, None] - (self.seqlen_k - self.seqlen_q)
         left, right = self.window
@@ -250,7 +259,24 @@ def _mask(gpu: bool) -> list[Case]:
             _square("documents", 1, s, heads, heads, dim, causal=True, lengths=packed_lengths(s, longest // 8, longest)),
             _square("prefix", 1, s, heads, heads, dim, causal=True, prefix=s // 4),
         ]
-    return cases
+    return cases + _patterns(gpu) + _jagged(gpu)
+
+
+def _patterns(gpu: bool) -> list[Case]:
+    """The shapes of the Binary Block Masking paper (4 x 32 heads of 64, 16384 tokens) beside causal; a sweep of densities."""
+    batch, s, heads, tree, window, tokens = (4, 16384, 32, "8x3", 512, 16) if gpu else (1, 256, 2, "4x3", 64, 8)
+    shapes = ("", f"tree {tree}", f"parents {tree}", f"window 8 + {tokens}", f"window {window} + {tokens}")
+    cases = [_square("masks", batch, s, heads, heads, 64, causal=not pattern, pattern=pattern) for pattern in shapes]
+    shares = (2, 5, 10, 20, 40, 60, 80, 100)
+    return cases + [_square("density", 1, s, heads // 2, heads // 2, 128 if gpu else 64, pattern=f"blocks {p}%") for p in shares]
+
+
+def _jagged(gpu: bool) -> list[Case]:
+    """Features of recommendation models: lengths uniform in [0, longest], 4 heads of 64."""
+    sequences, longest = (1024, 512) if gpu else (8, 32)
+    draw = random.Random(0)
+    lengths = tuple(draw.randint(0, longest) for _ in range(sequences))
+    return [_square(f"jagged U(0, {longest})", 1, sum(lengths), 4, 4, 64, lengths=lengths)]
 
 
 def _features(gpu: bool) -> list[Case]:
@@ -276,7 +302,7 @@ PRESETS: dict[str, tuple[str, Callable[[bool], list[Case]]]] = {
     "paper": ("16k tokens and hidden size 2048 as FlashAttention-3 publishes; GQA 64/8; head dims 192/128", _paper),
     "decode": ("one new token for each sequence, grouped heads: bytes count", _decode),
     "varlen": ("sequences of log-uniformly drawn lengths packed one after another", _varlen),
-    "mask": ("sliding window, packed documents, prefix", _mask),
+    "mask": ("windows, packed documents, prefix, trees, block-sparse masks of growing density, jagged rows", _mask),
     "features": ("attention layers of gpt-oss, Gemma 2 and Mistral: sinks, softcap, windows", _features),
     "memory": ("one sequence of growing length: peak extra bytes", _memory),
 }

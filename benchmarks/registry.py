@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flash_ext
 
-from . import cudnn_fp8
+from . import cudnn_fp8, patterns
 from .presets import DTYPES, Case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,8 +83,12 @@ _LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def _options_of_ours(case: Case, device: str) -> dict[str, Any]:
     """The keyword arguments of flash_ext.attention, or of attention_varlen where sequences are packed."""
-    _require(not case.prefix, f"attention has no argument for a {case.mask} mask")
     options = {"causal": case.causal, "window_size": case.window, "softcap": case.softcap, "sinks": case.sink_logits(device)}
+    if case.pattern:
+        options["block_mask"] = patterns.block_mask(case.pattern, case.seqlen_q, device)
+    if case.prefix:
+        _require(case.seqlen_q == case.seqlen_k, "prefix_lm_mask is for as many queries as keys")
+        options |= {"block_mask": flash_ext.prefix_lm_mask(case.prefix, case.seqlen_k, device=device), "causal": False}
     if case.lengths:
         ends = _cumulative(case.lengths, device)
         options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
@@ -229,8 +233,11 @@ class Flex(Implementation):
 
 
 def _mask_mod(case: Case, device: str) -> Callable[..., Tensor] | None:
-    if not (case.causal or case.lengths or case.prefix or case.window != (-1, -1)):
+    if not (case.causal or case.lengths or case.prefix or case.pattern or case.window != (-1, -1)):
         return None
+    if case.pattern:
+        dense = case.visible(torch.arange(case.seqlen_q, device=device))
+        return lambda b, h, row, key: dense[row, key]
     offset = case.seqlen_k - case.seqlen_q
     owner = case.owners(device) if case.lengths else None
     (left, right), prefix, causal = case.window, case.prefix, case.causal
@@ -308,7 +315,7 @@ class FlashAttention3(Implementation):
     def bind(self, case: Case, device: str) -> Attend:
         _require(case.direction == "fwd", "this library has no backward")
         _require(case.dtype != "fp32", "it takes no fp32")
-        _require(not case.prefix, f"it has no {case.mask} mask")
+        _require(not case.prefix and not case.pattern, f"it has no {case.mask} mask")
         forward = self._forward
         ends = _cumulative(case.lengths, device) if case.lengths else None
         longest = max(case.lengths) if case.lengths else None

@@ -621,7 +621,6 @@ def test_peers_say_what_they_do_not_cover() -> None:
         ("fa2", MASKS[5], "prefix"),
         ("reference", fp8, "fp8"),
         ("flash_ext", fp8, "fp8"),
-        ("flash_ext", MASKS[5], "prefix"),
     ):
         with pytest.raises(registry.NotCovered, match=words):
             known[name].bind(case, "cpu")
