@@ -40,6 +40,7 @@ class Kernel:
 KERNELS = {
     ("fwd", "sm90"): Kernel("fwd", "sm90/fwd.cuh", "FwdParams", "sm90::flash_fwd_sm90", "sm90::launch_fwd"),
     ("fwd", "sm80"): Kernel("fwd", "sm80/fwd.cuh", "FwdParams", "sm80::flash_fwd_sm80", "sm80::launch_fwd"),
+    ("bwd", "sm90"): Kernel("bwd", "sm90/bwd.cuh", "BwdParams", "sm90::flash_bwd_sm90", "sm90::launch_bwd"),
     **{
         ("bwd_preprocess", arch): Kernel(
             "bwd_preprocess",
@@ -48,6 +49,16 @@ KERNELS = {
             "bwd_preprocess",
             "launch_bwd_preprocess",
         )
+        for arch in ARCHITECTURES
+    },
+    **{
+        ("bwd_postprocess", arch): Kernel(
+            "bwd_postprocess", "common/bwd_postprocess.cuh", "BwdPostprocessParams", "bwd_postprocess", "launch_bwd_postprocess"
+        )
+        for arch in ARCHITECTURES
+    },
+    **{
+        ("bwd_sinks", arch): Kernel("bwd_sinks", "common/bwd_sinks.cuh", "BwdSinksParams", "bwd_sinks", "launch_bwd_sinks")
         for arch in ARCHITECTURES
     },
     **{
@@ -76,6 +87,9 @@ KERNELS = {
 # One look-up function for each op in host/launchers.h: op -> (type of the launcher, params).
 LAUNCHERS = {
     "fwd": ("FwdLauncher", "FwdParams"),
+    "bwd": ("BwdLauncher", "BwdParams"),
+    "bwd_postprocess": ("BwdPostprocessLauncher", "BwdPostprocessParams"),
+    "bwd_sinks": ("BwdSinksLauncher", "BwdSinksParams"),
     "bwd_preprocess": ("BwdPreprocessLauncher", "BwdPreprocessParams"),
     "fill_unused": ("FillUnusedLauncher", "FillUnusedParams"),
     "mask_blocks": ("MaskBlocksLauncher", "MaskBlocksParams"),
@@ -123,7 +137,7 @@ class Variant:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
         if self.op.startswith("fwd_cache"):
             return f"{self.op}_{self.arch}_{self.dtype}"
-        if self.op != "fwd":
+        if self.op not in ("fwd", "bwd"):
             return f"small_{self.arch}_{self.dtype if self.dtype in CXX_ELEMENT else 'bf16'}"
         return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored
 
@@ -235,6 +249,58 @@ def _fwd_sm80() -> list[Variant]:
     ]
 
 
+# The same for the backward: sm90/bwd_tiles.cuh (BwdTile).
+BWD_SM90_TILES = {
+    (64, 64): (128, 128),
+    (96, 96): (64, 128),
+    (128, 128): (64, 128),
+    (192, 128): (64, 128),
+    (192, 192): (64, 64),
+    (256, 256): (64, 64),
+}
+
+
+def _bwd_sm90() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd",
+            arch="sm90",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            mask=mask,
+            block_m=tile[0],
+            block_n=tile[1],
+            config=f"sm90::BwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, flash_ext::{CXX_MASK[mask]}, "
+            f"flash_ext::{CXX_SCORE[scored]}>",
+            scored=scored,
+        )
+        for dtype in ("bf16", "fp16")
+        for (head_dim, head_dim_v), tile in BWD_SM90_TILES.items()
+        for mask in CXX_MASK
+        for scored in ((False, True) if mask == "local" else (False,))
+    ]
+
+
+def _bwd_postprocess() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd_postprocess", arch="sm90", dtype=dtype, head_dim=0, head_dim_v=0, mask="", block_m=64, block_n=0,
+            config=f"BwdPostprocessConfig<{CXX_ELEMENT[dtype]}>",
+        )
+        for dtype in ("bf16", "fp16")
+    ]  # fmt: skip
+
+
+def _bwd_sinks() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd_sinks", arch="sm90", dtype="f32", head_dim=0, head_dim_v=0, mask="", block_m=512, block_n=0,
+            config="BwdSinksConfig",
+        )
+    ]  # fmt: skip
+
+
 def _bwd_preprocess() -> list[Variant]:
     return [
         Variant(
@@ -302,7 +368,10 @@ def _kvcache() -> list[Variant]:
     return rows
 
 
-VARIANTS: tuple[Variant, ...] = (*_fwd_sm90(), *_fwd_sm80(), *_bwd_preprocess(), *_fill_unused(), *_mask_blocks(), *_kvcache())
+VARIANTS: tuple[Variant, ...] = (
+    *_fwd_sm90(), *_fwd_sm80(), *_bwd_sm90(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks(), *_fill_unused(),
+    *_mask_blocks(), *_kvcache(),
+)  # fmt: skip
 
 
 def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:

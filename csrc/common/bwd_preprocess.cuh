@@ -4,7 +4,7 @@
 //   lse_log2[i] = lse[i] * log2(e)                         so that P = exp2(scale_log2 * s - lse_log2)
 //
 // Made safe here, once: a row that sees no key (lse = -inf) gets lse_log2 = 0 and delta = 0, so its P is exp2(-inf) = 0
-// and no NaN can arise; rows that pad seqlen_q to kStatsRowAlignment get lse_log2 = +inf, so their P is 0 too.
+// and no NaN can arise; rows that pad a sequence to kStatsRowAlignment get lse_log2 = +inf, so their P is 0 too.
 //
 // Bound by memory: 16-byte loads, kThreadsPerRow neighbouring threads share a row, no shared memory.
 #pragma once
@@ -13,7 +13,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "common/math.cuh"
 #include "common/params.h"
+#include "common/seqlens.cuh"
 
 namespace flash_ext {
 
@@ -64,52 +66,55 @@ __device__ inline float dot16(const uint4& a, const uint4& b) {
 template <class Config>
 __device__ __forceinline__ void bwd_preprocess(const BwdPreprocessParams& params) {
   using Element = typename Config::Element;
-  constexpr float kLog2e = 1.4426950408889634f;
   const int thread_in_row = threadIdx.x % Config::kThreadsPerRow;
   const int row_in_block = threadIdx.x / Config::kThreadsPerRow;
 
-  const int num_m_blocks = params.seqlen_q_rounded / Config::kBlockM;
+  const int num_m_blocks = params.stats_rows / Config::kBlockM;
   const int m_block = blockIdx.x % num_m_blocks;
   const int head_and_batch = blockIdx.x / num_m_blocks;
   const int head = head_and_batch % params.num_heads;
-  const int batch = head_and_batch / params.num_heads;
-  const int row = m_block * Config::kBlockM + row_in_block;
-  const bool row_exists = row < params.seqlen_q;
+  const int stats_row = m_block * Config::kBlockM + row_in_block;
+
+  // The sequence, and the position among its visible rows.
+  SequenceBlock place{head_and_batch / params.num_heads, 0};
+  int row = stats_row;
+  if (params.seqlens_q.cu_seqlens != nullptr) {
+    place = block_at_slot(params.seqlens_q, params.batch, kStatsRowAlignment, stats_row / kStatsRowAlignment);
+    row = place.block * kStatsRowAlignment + stats_row % kStatsRowAlignment;
+  }
+  const RowRange rows = rows_of_sequence(params.seqlens_q, place.index);
+  const bool row_exists = row < rows.num_rows;
+  const auto offset = [&](const RowStrides& strides) {
+    return int64_t(rows.batch) * strides.batch + int64_t(rows.first_row + row) * strides.row + int64_t(head) * strides.head;
+  };
 
   const int column = thread_in_row * Config::kElementsPerLoad;
   float delta = 0.f;
   if (row_exists && column < params.head_dim_v) {
     const auto address = [&](const void* base, const RowStrides& strides) {
-      return reinterpret_cast<const uint4*>(
-          static_cast<const Element*>(base) + int64_t(batch) * strides.batch +
-          int64_t(row) * strides.row + int64_t(head) * strides.head + column);
+      return reinterpret_cast<const uint4*>(static_cast<const Element*>(base) + offset(strides) + column);
     };
     delta = dot16<Element>(__ldg(address(params.dout, params.dout_strides)),
                            __ldg(address(params.out, params.out_strides)));
   }
 #pragma unroll
-  for (int offset = Config::kThreadsPerRow / 2; offset > 0; offset /= 2) {
-    delta += __shfl_xor_sync(0xffffffffu, delta, offset);
+  for (int lane_step = Config::kThreadsPerRow / 2; lane_step > 0; lane_step /= 2) {
+    delta += __shfl_xor_sync(0xffffffffu, delta, lane_step);
   }
   if (thread_in_row != 0) return;
 
-  const int64_t head_index = int64_t(batch) * params.num_heads + head;
   float lse_log2 = INFINITY;
   if (row_exists) {
-    const float lse = params.lse[head_index * params.seqlen_q + row];
+    const float lse = params.lse[offset(params.lse_strides)];
     if (lse == -INFINITY) {
       delta = 0.f;
       lse_log2 = 0.f;
     } else {
       lse_log2 = lse * kLog2e;
-      if (params.dlse != nullptr) {
-        const RowStrides& strides = params.dlse_strides;
-        delta -= params.dlse[int64_t(batch) * strides.batch + int64_t(row) * strides.row +
-                             int64_t(head) * strides.head];
-      }
+      if (params.dlse != nullptr) delta -= params.dlse[offset(params.dlse_strides)];
     }
   }
-  const int64_t index = head_index * params.seqlen_q_rounded + row;
+  const int64_t index = int64_t(head_and_batch) * params.stats_rows + stats_row;
   params.delta[index] = delta;
   params.lse_log2[index] = lse_log2;
 }
@@ -118,8 +123,9 @@ __device__ __forceinline__ void bwd_preprocess(const BwdPreprocessParams& params
 template <class Config, class Kernel>
 cudaError_t launch_bwd_preprocess(Kernel* kernel, const BwdPreprocessParams& params,
                                   cudaStream_t stream) {
-  const int64_t num_blocks = int64_t(params.seqlen_q_rounded / Config::kBlockM) * params.num_heads *
-                             params.batch;
+  const int entries = params.seqlens_q.cu_seqlens != nullptr ? 1 : params.batch;
+  const int64_t num_blocks = int64_t(params.stats_rows / Config::kBlockM) * params.num_heads * entries;
+  if (num_blocks == 0) return cudaSuccess;
   // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
   void* arguments[] = {const_cast<BwdPreprocessParams*>(&params)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(num_blocks)),

@@ -84,6 +84,17 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+// The reverse.
+template <class Element>
+__device__ __forceinline__ float2 unpack_pair(uint32_t packed);
+template <>
+__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(uint32_t packed) {
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<__half>(uint32_t packed) {
+  return __half22float2(reinterpret_cast<const __half2&>(packed));
+}
 #endif
 
 }  // namespace flash_ext

@@ -84,24 +84,64 @@ struct FillUnusedParams {
   Target targets[3];
 };
 
-// Row statistics of the backward are padded so that whole tiles of them can be copied in bulk.
+// Row statistics of the backward and the float32 sum of dQ are padded, so that whole tiles of them move in bulk. A row is a
+// position among a sequence's visible queries; packed sequences lie on a line of slots of this many rows (seqlens.cuh).
 constexpr int kStatsRowAlignment = 128;
 
+struct BwdParams : AttentionParams {
+  const void* dout;       // (batch, seqlen_q, num_heads, head_dim_v) or packed, q's dtype; base and strides 16-byte multiples
+  const float* lse_log2;  // (batch, num_heads, stats_rows) or packed (num_heads, stats_rows), from bwd_preprocess
+  const float* delta;     // the same
+  float* dq_blocks;       // (batch * num_heads, stats_rows / 64, columns / 64, 4096), summed up; null: dQ is not wanted. dq_blocks.cuh
+  int* dq_turns;          // (batch * num_heads, stats_rows / 64, columns / 64), zero; null: dQ is summed in any order
+  void* dk;               // (batch, seqlen_k, num_heads_kv, head_dim) or packed, q's dtype; null: not wanted
+  void* dv;               // (batch, seqlen_k, num_heads_kv, head_dim_v) or packed, q's dtype; null: not wanted
+  float* dk_bias;         // (batch, num_heads_kv, seqlen_k) or packed (num_heads_kv, total_k); null: not wanted
+  RowStrides dout_strides, dk_strides, dv_strides, dk_bias_strides;  // of dk_bias: row 1
+  int key_begin, key_end;  // key positions of each sequence that this launch is about
+  int stats_rows;          // of a head, a multiple of kStatsRowAlignment
+  int num_ctas;            // grid of a persistent kernel
+  // The kernel's launcher fills these in.
+  TmaTensor q_tma, k_tma, v_tma, dout_tma;
+  Schedule schedule;
+};
+
 struct BwdPreprocessParams {
-  const void* out;     // (batch, seqlen_q, num_heads, head_dim_v) bf16 or fp16, 16-byte aligned rows
+  const void* out;     // (batch, seqlen_q, num_heads, head_dim_v) or packed, bf16 or fp16, 16-byte aligned rows
   const void* dout;    // the same
-  const float* lse;    // (batch, num_heads, seqlen_q) contiguous, natural log
-  const float* dlse;   // (batch, num_heads, seqlen_q) strided, or null: no gradient flows into lse
-  float* delta;        // (batch, num_heads, seqlen_q_rounded)
-  float* lse_log2;     // (batch, num_heads, seqlen_q_rounded)
-  RowStrides out_strides;
-  RowStrides dout_strides;
-  RowStrides dlse_strides;
+  const float* lse;    // (batch, num_heads, seqlen_q) or packed (num_heads, total_q), natural log
+  const float* dlse;   // the same, or null: no gradient flows into lse
+  float* delta;        // (batch, num_heads, stats_rows) or packed (num_heads, stats_rows)
+  float* lse_log2;     // the same
+  RowStrides out_strides, dout_strides, lse_strides, dlse_strides;  // batch: 0 when packed
+  SeqlenParams seqlens_q;
+  int batch;           // number of sequences
+  int num_heads;
+  int stats_rows;      // of a head, a multiple of kStatsRowAlignment
+  int head_dim_v;      // a multiple of 8
+};
+
+struct BwdPostprocessParams {
+  const float* dq_blocks;  // as in BwdParams
+  void* dq;                // (batch, seqlen_q, num_heads, head_dim) or packed, bf16 or fp16
+  RowStrides dq_strides;   // batch: 0 when packed
+  SeqlenParams seqlens_q;
+  float softmax_scale;     // the factor of the sums
   int batch;
   int num_heads;
-  int seqlen_q;
-  int seqlen_q_rounded;  // a multiple of kStatsRowAlignment
-  int head_dim_v;        // a multiple of 8
+  int head_dim;            // a multiple of 8
+  int column_blocks;       // of dq_blocks; those beyond head_dim are not read
+  int stats_rows;          // of a head
+};
+
+struct BwdSinksParams {
+  const float* lse_log2;  // as in BwdParams
+  const float* delta;
+  const float* sinks;     // (num_heads), natural-log units
+  float* dsinks;          // (num_heads)
+  int num_entries;        // batch; 1 when packed
+  int num_heads;
+  int stats_rows;         // of a head
 };
 
 struct MaskBlocksParams {

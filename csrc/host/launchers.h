@@ -13,6 +13,9 @@ namespace flash_ext {
 using FwdLauncher = cudaError_t (*)(const FwdParams&, cudaStream_t);
 using FillUnusedLauncher = cudaError_t (*)(const FillUnusedParams&, cudaStream_t);
 using MaskBlocksLauncher = cudaError_t (*)(const MaskBlocksParams&, cudaStream_t);
+using BwdLauncher = cudaError_t (*)(const BwdParams&, cudaStream_t);
+using BwdPostprocessLauncher = cudaError_t (*)(const BwdPostprocessParams&, cudaStream_t);
+using BwdSinksLauncher = cudaError_t (*)(const BwdSinksParams&, cudaStream_t);
 using BwdPreprocessLauncher = cudaError_t (*)(const BwdPreprocessParams&, cudaStream_t);
 using AppendKvLauncher = cudaError_t (*)(const AppendKvParams&, cudaStream_t);
 using FwdCacheLauncher = cudaError_t (*)(const FwdCacheParams&, cudaStream_t);
@@ -21,6 +24,9 @@ using CombineLauncher = cudaError_t (*)(const CombineParams&, cudaStream_t);
 // Null when this build holds no such variant.
 FwdLauncher find_fwd(std::string_view variant);
 FillUnusedLauncher find_fill_unused(std::string_view variant);
+BwdLauncher find_bwd(std::string_view variant);
+BwdPostprocessLauncher find_bwd_postprocess(std::string_view variant);
+BwdSinksLauncher find_bwd_sinks(std::string_view variant);
 BwdPreprocessLauncher find_bwd_preprocess(std::string_view variant);
 MaskBlocksLauncher find_mask_blocks(std::string_view variant);
 AppendKvLauncher find_append_kv(std::string_view variant);

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "common/dq_blocks.cuh"
 #include "common/params.h"
 
 namespace flash_ext {
@@ -155,10 +156,29 @@ int64_t num_items(const FwdProblem& problem, int64_t positions, int64_t heads_pe
   return heads * ceil(problem.seqlen_q(), positions) * problem.batch() * std::max<int64_t>(problem.num_parts, 1);
 }
 
-void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device) {
-  plan->heads_per_tile = heads_per_tile(problem, *plan->variant);
+// Work items of the backward: tiles of keys of the KV heads.
+int64_t num_key_items(const FwdProblem& problem, int64_t block_n) {
+  if (problem.packed()) return problem.num_heads_kv() * num_slots(problem.seqlen_k(), problem.batch(), block_n);
+  return problem.num_heads_kv() * ceil_div(problem.seqlen_k(), block_n) * problem.batch();
+}
+
+// Row statistics, the float32 sum of dQ and its turns.
+int64_t bwd_workspace_bytes(const FwdProblem& problem, const Variant& row, bool deterministic) {
+  const int64_t rows = bwd_stats_rows(problem) * problem.num_heads() * (problem.packed() ? 1 : problem.batch());
+  const int64_t column_blocks = num_slabs(row.head_dim);
+  return 4 * rows * (2 + column_blocks * kDqBlockColumns) + (deterministic ? 4 * rows / kDqBlockRows * column_blocks : 0);
+}
+
+void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device, Op op) {
   plan->num_splits = static_cast<int>(std::max<int64_t>(1, problem.num_parts));
-  const int64_t items = num_items(problem, plan->variant->block_m / plan->heads_per_tile, plan->heads_per_tile);
+  int64_t items;
+  if (op == Op::k_bwd) {
+    items = num_key_items(problem, plan->variant->block_n);
+    plan->workspace_bytes = bwd_workspace_bytes(problem, *plan->variant, problem.deterministic);
+  } else {
+    plan->heads_per_tile = heads_per_tile(problem, *plan->variant);
+    items = num_items(problem, plan->variant->block_m / plan->heads_per_tile, plan->heads_per_tile);
+  }
   // Hopper's kernels are persistent, a CTA an SM; the others take one item a CTA.
   const int64_t most = plan->variant->arch == 90 ? device.num_sms : items;
   plan->grid = {std::max<int64_t>(1, std::min<int64_t>(most, items)), 1, 1};
@@ -181,6 +201,18 @@ bool sizes_fit(const FwdProblem& problem) {
   return num_items(problem, kFewestRows, 1) < kMaxItems && problem.seqlen_q() < kMaxItems && problem.seqlen_k() < kMaxItems;
 }
 
+// The first row of an op that fits, from the backend that comes first.
+template <class Fits>
+const Variant* first_row(Op op, const DeviceInfo& device, Fits&& fits) {
+  for (const KernelBackend& backend : kKernelBackends) {
+    if (!device_runs(device, backend.arch)) continue;
+    for (const Variant& variant : variants()) {
+      if (variant.op == op && variant.arch == backend.arch && fits(variant)) return &variant;
+    }
+  }
+  return nullptr;
+}
+
 FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op op, const char* direction) {
   FwdPlan plan;
   for (const KernelBackend& backend : kKernelBackends) {
@@ -200,7 +232,7 @@ FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op o
     if (reasons.empty() && wanted && plan.backend.empty()) {
       plan.backend = backend.name;
       plan.variant = row;
-      fill_launch(&plan, problem, device);
+      fill_launch(&plan, problem, device, op);
       continue;
     }
     if (reasons.empty()) reasons.push_back(wanted ? plan.backend + " is preferred" : "backend '" + problem.backend + "' was asked for");
@@ -267,14 +299,22 @@ FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device) {
   return plan_attention(problem, device, Op::k_bwd, "backward");
 }
 
+int64_t bwd_stats_rows(const FwdProblem& problem) {
+  const int64_t slots = problem.packed() ? num_slots(problem.seqlen_q(), problem.batch(), kStatsRowAlignment)
+                                         : ceil_div<int64_t>(problem.seqlen_q(), kStatsRowAlignment);
+  return slots * kStatsRowAlignment;
+}
+
+const Variant* plan_bwd_postprocess(ScalarType dtype, const DeviceInfo& device) {
+  return first_row(Op::k_bwd_postprocess, device, [&](const Variant& row) { return row.dtype == dtype; });
+}
+
+const Variant* plan_bwd_sinks(const DeviceInfo& device) {
+  return first_row(Op::k_bwd_sinks, device, [](const Variant&) { return true; });
+}
+
 const Variant* plan_fill_unused(const DeviceInfo& device) {
-  for (const KernelBackend& backend : kKernelBackends) {
-    if (!device_runs(device, backend.arch)) continue;
-    for (const Variant& variant : variants()) {
-      if (variant.op == Op::k_fill_unused && variant.arch == backend.arch) return &variant;
-    }
-  }
-  return nullptr;
+  return first_row(Op::k_fill_unused, device, [](const Variant&) { return true; });
 }
 
 const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device) {

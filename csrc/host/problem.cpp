@@ -24,6 +24,8 @@ const char* op_name(Op op) {
     case Op::k_fwd: return "fwd";
     case Op::k_bwd: return "bwd";
     case Op::k_bwd_preprocess: return "bwd_preprocess";
+    case Op::k_bwd_postprocess: return "bwd_postprocess";
+    case Op::k_bwd_sinks: return "bwd_sinks";
     case Op::k_fill_unused: return "fill_unused";
     case Op::k_mask_blocks: return "mask_blocks";
     case Op::k_append_kv: return "append_kv";

@@ -14,6 +14,8 @@ enum class Op : uint8_t {
   k_fwd,
   k_bwd,
   k_bwd_preprocess,
+  k_bwd_postprocess,
+  k_bwd_sinks,
   k_fill_unused,
   k_mask_blocks,
   k_append_kv,

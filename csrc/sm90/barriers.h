@@ -20,6 +20,18 @@ enum class NamedBarrier : int {
   kQueryRead2,
 };
 
+// The backward's, in kernels of their own.
+enum class BwdBarrier : int {
+  // All consumers (256 threads) have written their part of dS (and P) of a tile.
+  kScoresWritten = 1,
+  // All consumers (256) have used those of the tile before; where there is one stage.
+  kScoresUsed,
+  // The consumers' products of an item are complete, and V becomes the staging of dK and dV: consumer i (128), or, where
+  // both read all of V, all (256, the first one).
+  kValuesUsed0,
+  kValuesUsed1,
+};
+
 FX_HOST_DEVICE constexpr int turn_of(int warpgroup) { return static_cast<int>(NamedBarrier::kTurn0) + warpgroup; }
 FX_HOST_DEVICE constexpr int query_rewritten_by(int warpgroup) {
   return static_cast<int>(NamedBarrier::kQueryRewritten0) + warpgroup;

@@ -20,6 +20,8 @@ struct RingState {
       phase ^= 1;
     }
   }
+  // The stage before; its phase is not told.
+  __device__ __forceinline__ RingState before() const { return {(stage == 0 ? kStages : stage) - 1, 0}; }
 };
 
 // full[s]: 1 arrival (the producer's expect_tx) and the bytes of the copies, or the arrivals of the threads that copied;

@@ -30,6 +30,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
                "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // One predicated instruction instead of a branch around it.
 __device__ __forceinline__ void mbarrier_arrive_if(uint64_t* barrier, bool predicate) {
   asm volatile(
@@ -86,6 +89,38 @@ __device__ __forceinline__ void tma_load(const TensorMap& map, uint64_t* barrier
       "r"(coordinates[1]), "r"(coordinates[2]), "r"(coordinates[3]), "r"(coordinates[4]),
       "l"(static_cast<uint64_t>(hint))
       : "memory");
+}
+
+// Plain bytes by the copy engine; addresses and size are multiples of 16. A load completes `bytes` on the barrier.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(destination)), "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// Adds float32 numbers in shared memory to those in global memory, as part of the thread's current bulk group.
+__device__ __forceinline__ void bulk_reduce_add(float* destination, const void* source, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               ::"l"(destination), "r"(shared_address(source)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All bulk groups of this thread have read their source.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// All bulk groups of this thread are complete: what they wrote is in memory.
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Turns of CTAs at one place in memory: its number says whose turn it is. What the CTA before wrote there by the copy
+// engine, and waited for, comes before what this one does.
+__device__ __forceinline__ void wait_for_turn(const int* turns, int mine) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
+  } while (now < mine);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void pass_turn(int* turns) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
 }
 
 // Generic-proxy writes to shared memory become visible to wgmma and TMA.
@@ -170,7 +205,8 @@ __device__ __forceinline__ void complete_before_wait(float value) {
 }
 
 // wgmma m64nNk16 with float32 accumulators `d`: d = A B + (accumulate ? d : 0).
-//   ss: A and B K-major in shared memory.   rs: A in registers, B MN-major in shared memory; always accumulates.
+//   ss: A and B in shared memory, each K-major, or MN-major where said.
+//   rs: A in registers, B MN-major in shared memory; always accumulates.
 // The operand lists are spelled in tens: FX_TEXT10(3) is "%30, ... %39", FX_REGS10(3) the operands d[30] to d[39].
 #define FX_TEXT10(t)                                                                                \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
@@ -178,6 +214,8 @@ __device__ __forceinline__ void complete_before_wait(float value) {
 #define FX_REGS8(t) FX_REGS4(t, 0, 1, 2, 3), FX_REGS4(t, 4, 5, 6, 7)
 #define FX_REGS10(t) FX_REGS8(t), "+f"(d[t##8]), "+f"(d[t##9])
 
+#define FX_TEXT_16 FX_TEXT10() ", %10, %11, %12, %13, %14, %15"
+#define FX_REGS_16 FX_REGS10(), FX_REGS4(1, 0, 1, 2, 3), "+f"(d[14]), "+f"(d[15])
 #define FX_TEXT_32 FX_TEXT10() ", " FX_TEXT10(1) ", " FX_TEXT10(2) ", %30, %31"
 #define FX_REGS_32 FX_REGS10(), FX_REGS10(1), FX_REGS10(2), "+f"(d[30]), "+f"(d[31])
 #define FX_TEXT_40 FX_TEXT10() ", " FX_TEXT10(1) ", " FX_TEXT10(2) ", " FX_TEXT10(3)
@@ -209,12 +247,13 @@ struct Wgmma;
 #define FX_DEFINE_WGMMA(ELEMENT, TYPE, N, R, A, B, C, D, E, F)                                       \
   template <>                                                                                        \
   struct Wgmma<ELEMENT, N> {                                                                         \
+    template <bool kMnMajorA = false, bool kMnMajorB = false>                                          \
     __device__ __forceinline__ static void ss(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) { \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #C ", 0;\n"                                  \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FX_TEXT_##R  \
-                   "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"                                          \
+                   "}, %" #A ", %" #B ", p, 1, 1, %" #D ", %" #E ";\n}"                              \
                    : FX_REGS_##R                                                                     \
-                   : "l"(a), "l"(b), "r"(int(accumulate)));                                          \
+                   : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kMnMajorA)), "n"(int(kMnMajorB))); \
     }                                                                                                \
     __device__ __forceinline__ static void rs(float (&d)[R], const uint32_t* a, uint64_t b) {        \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #F ", 0;\n"                                  \
@@ -227,6 +266,7 @@ struct Wgmma;
 #define FX_DEFINE_WGMMA_BOTH(N, R, A, B, C, D, E, F)                  \
   FX_DEFINE_WGMMA(__nv_bfloat16, "bf16", N, R, A, B, C, D, E, F)      \
   FX_DEFINE_WGMMA(__half, "f16", N, R, A, B, C, D, E, F)
+FX_DEFINE_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21)
 FX_DEFINE_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 FX_DEFINE_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
 FX_DEFINE_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)

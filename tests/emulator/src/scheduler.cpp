@@ -363,6 +363,8 @@ bool run_cluster(Cluster& cluster, uint64_t budget) {
   const uint64_t limit = launch.options.max_instructions ? launch.options.max_instructions : kDefaultLimit;
   if (total > limit)
     stop_running(cluster, "watchdog", std::to_string(total) + " warp instructions executed and no end");
+  // A warp that polls memory always moves: work in flight, which it may be waiting for, comes all the same in the end.
+  if (cluster.effects == effects) force_one(cluster);
   const uint64_t idle = cluster.effects != effects ? (launch.idle = 0) : launch.idle += executed;
   if (idle > kMaxIdle) {
     stop_running(cluster, "livelock",

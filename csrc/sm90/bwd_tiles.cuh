@@ -1,0 +1,166 @@
+// Sizes, shared memory and the order of work of the Hopper backward (bwd.cuh).
+#pragma once
+
+#include "common/bwd_scores.cuh"
+#include "common/dq_blocks.cuh"
+#include "common/masks.cuh"
+#include "common/params.h"
+#include "common/scheduler.cuh"
+#include "common/scores.cuh"
+#include "common/seqlens.cuh"
+#include "common/swizzle.cuh"
+#include "common/tiles.cuh"
+#include "sm90/pipeline.cuh"
+
+namespace flash_ext::sm90 {
+
+constexpr int kBwdConsumers = 2;  // warpgroups
+constexpr int kBwdThreads = (1 + kBwdConsumers) * 128;
+constexpr int kBwdMaxSharedBytes = 227 * 1024;
+
+// Tile sizes by head dims. kBlockN = 128: each consumer owns 64 keys, and their dK and dV (64 x (head_dim + head_dim_v)
+// numbers) stay in its registers. kBlockN = 64, where those do not fit: the consumers share the keys, one owns dK, the
+// other dV.
+template <int kHeadDim, int kHeadDimV>
+struct BwdTile;
+template <>
+struct BwdTile<64, 64> {
+  static constexpr int kBlockM = 128, kBlockN = 128, kStagesQ = 2, kStagesDout = 2, kStagesDs = 2;
+};
+template <>
+struct BwdTile<96, 96> {
+  static constexpr int kBlockM = 64, kBlockN = 128, kStagesQ = 2, kStagesDout = 2, kStagesDs = 2;
+};
+template <>
+struct BwdTile<128, 128> : BwdTile<96, 96> {};
+template <>
+struct BwdTile<192, 128> {
+  static constexpr int kBlockM = 64, kBlockN = 128, kStagesQ = 2, kStagesDout = 2, kStagesDs = 1;
+};
+template <>
+struct BwdTile<192, 192> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kStagesQ = 2, kStagesDout = 2, kStagesDs = 2;
+};
+template <>
+struct BwdTile<256, 256> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kStagesQ = 2, kStagesDout = 1, kStagesDs = 1;
+};
+
+// A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: TMA fills the other columns with zeros.
+template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_>
+struct BwdConfig : BwdTile<kHeadDim_, kHeadDimV_> {
+  using Tile = BwdTile<kHeadDim_, kHeadDimV_>;
+  using Element = Element_;
+  using Mask = Mask_;
+  using Score = typename BackwardOf<Score_>::Type;
+  using Tiles = RangeTiles<Mask>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kNumThreads = kBwdThreads;
+  static constexpr int kMinBlocksPerSm = 1;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  // Whether a consumer owns 64 keys (else the consumers share 64 keys, and each has half of the queries of S and dP).
+  static constexpr bool kOwnsKeys = Tile::kBlockN == kBwdConsumers * kRowsPerWarpgroup;
+  // dK and dV leave no registers for S and dP side by side: dP is computed after S, and dS from the rounded P.
+  static constexpr bool kOneScoreTile = kOwnsKeys && kHeadDim + kHeadDimV > 256;
+  static constexpr int kQueriesPerConsumer = kOwnsKeys ? Tile::kBlockM : Tile::kBlockM / kBwdConsumers;
+  // Bytes of a tile with this many rows, in whole slabs.
+  static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kDoutTileBytes = Tile::kBlockM * num_slabs(kHeadDimV) * kSlabRowBytes;
+  static constexpr int kKeyTileBytes = Tile::kBlockN * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kValueTileBytes = Tile::kBlockN * num_slabs(kHeadDimV) * kSlabRowBytes;
+  // dS^T (and P^T): a row for each key, queries in slabs.
+  static constexpr int kScoreTileBytes = Tile::kBlockN * num_slabs(Tile::kBlockM) * kSlabRowBytes;
+  static constexpr int kStatsBytes = Tile::kBlockM * 4;
+  // dQ of a tile, in blocks: row block u / kDqColumnBlocks, column block u % kDqColumnBlocks.
+  static constexpr int kDqColumnBlocks = num_slabs(kHeadDim);
+  static constexpr int kDqBlocks = Tile::kBlockM / kDqBlockRows * kDqColumnBlocks;
+
+  static_assert(Tile::kBlockM % kDqBlockRows == 0 && kStatsRowAlignment % Tile::kBlockM == 0,
+                "tiles of queries are blocks of dQ, and never straddle two sequences");
+  static_assert(kOwnsKeys || (Tile::kBlockN == kRowsPerWarpgroup && kHeadDim == kHeadDimV),
+                "consumers that share 64 keys accumulate dK and dV with the same instructions");
+};
+
+template <bool kPresent, int kStages, int kBytes>
+struct ScoreTiles {
+  uint8_t stage[kStages][kBytes];
+};
+template <int kStages, int kBytes>
+struct ScoreTiles<false, kStages, kBytes> {};
+
+template <bool kPresent>
+struct BiasSums {
+  float of_keys[kRowsPerWarpgroup];
+};
+template <>
+struct BiasSums<false> {};
+
+template <class Config>
+struct BwdStorage {
+  alignas(kSwizzleGroupBytes) uint8_t k[Config::kKeyTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t v[Config::kValueTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t q[Config::kStagesQ][Config::kQueryTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t dout[Config::kStagesDout][Config::kDoutTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t ds[Config::kStagesDs][Config::kScoreTileBytes];
+  alignas(kSwizzleGroupBytes) ScoreTiles<!Config::kOwnsKeys, Config::kStagesDs, Config::kScoreTileBytes> p;
+  alignas(kSwizzleGroupBytes) uint8_t dq[kBwdConsumers][kDqBlockBytes];  // a block of dQ of each consumer, on its way out
+  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
+  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+  BiasSums<Config::Score::kModifies && !Config::kOwnsKeys> bias;  // consumer 1's part of dk_bias, on its way to consumer 0
+  // Who arrives, how many, who waits: see RingBarriers. The statistics travel with Q and dO.
+  RingBarriers<1> k_ring, v_ring;
+  RingBarriers<Config::kStagesQ> q_ring;
+  RingBarriers<Config::kStagesDout> dout_ring;
+  // full: 4 arrivals, one of each warp of the consumer, when its part of the block is written; the consumer's dQ writer waits.
+  // empty: 1 arrival, of the writer when the block has been read; the consumer waits.
+  RingBarriers<1> dq_ring[kBwdConsumers];
+};
+
+// One tile of keys of one KV head.
+struct KeyItem {
+  Sequence sequence;  // with the keys of the launch alone
+  int index;          // of the sequence in the batch
+  int n_block;
+  int head_kv;
+};
+
+// The items of one CTA in order, the same for every role: function(item, tiles of queries). Tiles of keys ascend within
+// a head, which is the order of a deterministic dQ and, for causal masks, begins with the longest.
+template <class Config, class Function>
+__device__ __forceinline__ void for_each_key_item(const BwdParams& params, Function&& function) {
+  const Schedule& schedule = params.schedule;
+  const bool packed = params.seqlens_k.cu_seqlens != nullptr;
+  for (int round = 0;; ++round) {
+    const int index = Schedule::index(round, blockIdx.x, gridDim.x);
+    if (index >= schedule.num_items()) return;
+    const WorkItem work = schedule.item(index);
+    SequenceBlock place{work.batch, schedule.num_m_blocks - 1 - work.m_block};
+    if (packed) place = block_at_slot(params.seqlens_k, params.batch, Config::kBlockN, place.block);
+    const Sequence sequence = with_keys_between(sequence_of(params.seqlens_q, params.seqlens_k, place.index),
+                                                params.key_begin, params.key_end);
+    if (place.block * Config::kBlockN >= sequence.k.num_rows) continue;
+    const auto tiles = Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(
+        typename Config::Mask(params.mask), sequence, place.block);
+    function(KeyItem{sequence, place.index, place.block, work.head}, tiles);
+  }
+}
+
+// The tiles of queries of an item, head by head: function(query head, m_block).
+template <class Tiles, class Function>
+__device__ __forceinline__ void for_each_query_tile(const BwdParams& params, int head_kv, const Tiles& tiles,
+                                                    Function&& function) {
+  const int q_heads_per_kv = params.num_heads / params.num_heads_kv;
+  for (int head = head_kv * q_heads_per_kv; head < (head_kv + 1) * q_heads_per_kv; ++head) {
+    for (int m_block = tiles.begin; m_block < tiles.end; ++m_block) function(head, m_block);
+  }
+}
+
+// Row of a sequence's first query among the statistics of a head.
+__device__ __forceinline__ int stats_first_row(const BwdParams& params, int sequence_index) {
+  if (params.seqlens_q.cu_seqlens == nullptr) return 0;
+  return first_slot(params.seqlens_q, sequence_index, kStatsRowAlignment) * kStatsRowAlignment;
+}
+
+}  // namespace flash_ext::sm90
