@@ -171,7 +171,6 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       const auto issue_dp = [&] {
         const uint32_t a_step = kValues + my_key_step;
         const uint32_t b_step = kDout + dout_state.stage * kDoutStage + my_query_step;
-        shared.dout_ring.wait_full(dout_state);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Config::kHeadDimV / 16; ++step) {
@@ -182,6 +181,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       };
       wgmma_wait<1>();
       release_used();
+      shared.dout_ring.wait_full(dout_state);
       if constexpr (Config::kOneScoreTile) {
         wgmma_wait<0>();
       } else {
