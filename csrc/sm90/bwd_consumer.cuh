@@ -85,10 +85,14 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
   constexpr uint32_t kDout = offsetof(Shared, dout) / 16, kDoutStage = sizeof(shared.dout[0]) / 16;
   constexpr uint32_t kDs = offsetof(Shared, ds) / 16, kP = offsetof(Shared, p) / 16;
   constexpr uint32_t kScoreStage = sizeof(shared.ds[0]) / 16;
-  const uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);
-  const WgmmaDescriptor k_major{k_major_descriptor(base), kDescriptorHigh};
-  const WgmmaDescriptor mn_major_keys{mn_major_descriptor(base, Config::kBlockN), kDescriptorHigh};
-  const WgmmaDescriptor mn_major_queries{mn_major_descriptor(base, Config::kBlockM), kDescriptorHigh};
+  uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);
+  WgmmaDescriptor k_major, mn_major_keys, mn_major_queries;
+  const auto set_descriptors = [&] {
+    k_major = {k_major_descriptor(base), kDescriptorHigh};
+    mn_major_keys = {mn_major_descriptor(base, Config::kBlockN), kDescriptorHigh};
+    mn_major_queries = {mn_major_descriptor(base, Config::kBlockM), kDescriptorHigh};
+  };
+  set_descriptors();
   const uint32_t my_key_step = first_key_row * kSlabRowBytes >> 4;
   const uint32_t my_query_step = first_query * kSlabRowBytes >> 4;
   const uint32_t my_score_rows = (first_key_row + thread / 32 * kRowsPerWarp) * kSlabRowBytes;
@@ -107,8 +111,8 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
   float acc_dk[Config::kHeadDim / 2], acc_dv[kOwnsKeys ? Config::kHeadDimV / 2 : 1];
   float acc_dq_own[Config::kOneScoreTile ? 1 : kDqAccumulators];
   float (&acc_dq)[kDqAccumulators] = one_of<Config::kOneScoreTile>(acc_s, acc_dq_own);
-  uint32_t p_regs[kNumAccS / 2], ds_regs_own[Config::kOneScoreTile ? 1 : kNumAccS / 2];
-  uint32_t (&ds_regs)[kNumAccS / 2] = one_of<Config::kOneScoreTile>(p_regs, ds_regs_own);
+  uint32_t p_regs[kNumAccS / 2], ds_regs_own[Config::kSparesRegisters ? 1 : kNumAccS / 2];
+  uint32_t (&ds_regs)[kNumAccS / 2] = one_of<Config::kSparesRegisters>(p_regs, ds_regs_own);
 
   const auto release_used = [&] {
     shared.q_ring.release(q_state.before(), elected && used);
@@ -154,6 +158,10 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     shared.v_ring.wait_full(item_state);
 
     for_each_query_tile(params, item.head_kv, tiles, [&](int head, int m_block) {
+      if constexpr (Config::kSparesRegisters) {
+        asm volatile("" : "+r"(base));  // else every descriptor of the loop is computed before it, and spilled
+        set_descriptors();
+      }
       score.begin_head(params.score, item.index, head);
       // S^T, and what is left of the tile before: dK (and dV).
       shared.q_ring.wait_full(q_state);
@@ -211,6 +219,13 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       for (float& x : acc_s) x = fast_exp2(x);
 #pragma unroll
       for (int i = 0; i < kNumAccS / 2; ++i) p_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
+      if constexpr (Config::kStagesDs == 1) {
+        named_barrier_sync(static_cast<int>(BwdBarrier::kScoresUsed), kAllThreads);
+      }
+      if constexpr (!kOwnsKeys) {
+        store_scores<kQueries / 16>(p_regs, shared_address(shared.p.stage[ds_state.stage]) + my_score_rows,
+                                    warpgroup * (kQueries / 16), lane);
+      }
 
       const auto issue_dv = [&] {
         if constexpr (kOwnsKeys) {
@@ -228,12 +243,16 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
         issue_dp();
         wgmma_wait<0>();
         pin_registers(acc_dp);
+      } else if constexpr (Config::kSparesRegisters) {
+        issue_dv();
+        wgmma_wait<0>();  // dV too, whose operand P makes room for dS
+        pin_registers(acc_dp);
       } else {
         wgmma_wait<0>();
         pin_registers(acc_dp);
         issue_dv();
       }
-      // dS^T = P^T (dP^T - delta), neighbouring queries pair by pair.
+      // dS^T = P^T (dP^T - delta), by softcap times its derivative; neighbouring queries pair by pair.
       const uint32_t delta = shared_address(shared.delta[dout_state.stage]) + statistics;
       const auto differentiate = [&](auto& of_score, auto softcap) {
 #pragma unroll
@@ -269,9 +288,6 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
 #pragma unroll
       for (int i = 0; i < kNumAccS / 2; ++i) ds_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
 
-      if constexpr (Config::kStagesDs == 1) {
-        named_barrier_sync(static_cast<int>(BwdBarrier::kScoresUsed), kAllThreads);
-      }
       const uint32_t ds_rows = shared_address(shared.ds[ds_state.stage]) + my_score_rows;
       if constexpr (kOwnsKeys) {
 #pragma unroll
@@ -279,8 +295,6 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
           store_scores<4>(&ds_regs[slab * kSlabColumns / 4], ds_rows + slab * Config::kBlockN * kSlabRowBytes, 0, lane);
         }
       } else {
-        store_scores<kQueries / 16>(p_regs, shared_address(shared.p.stage[ds_state.stage]) + my_score_rows,
-                                    warpgroup * (kQueries / 16), lane);
         store_scores<kQueries / 16>(ds_regs, ds_rows, warpgroup * (kQueries / 16), lane);
       }
       fence_async_proxy();

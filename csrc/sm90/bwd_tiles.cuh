@@ -64,6 +64,7 @@ struct BwdConfig : BwdTile<kHeadDim_, kHeadDimV_> {
   static constexpr bool kOwnsKeys = Tile::kBlockN == kBwdConsumers * kRowsPerWarpgroup;
   // dK and dV leave no registers for S and dP side by side: dP is computed after S, and dS from the rounded P.
   static constexpr bool kOneScoreTile = kOwnsKeys && kHeadDim + kHeadDimV > 256;
+  static constexpr bool kSparesRegisters = kOneScoreTile || Score::kModifies;
   static constexpr int kQueriesPerConsumer = kOwnsKeys ? Tile::kBlockM : Tile::kBlockM / kBwdConsumers;
   // Bytes of a tile with this many rows, in whole slabs.
   static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
