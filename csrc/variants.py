@@ -295,9 +295,10 @@ def _bwd_postprocess() -> list[Variant]:
 def _bwd_sinks() -> list[Variant]:
     return [
         Variant(
-            op="bwd_sinks", arch="sm90", dtype="f32", head_dim=0, head_dim_v=0, mask="", block_m=512, block_n=0,
+            op="bwd_sinks", arch=arch, dtype="f32", head_dim=0, head_dim_v=0, mask="", block_m=512, block_n=0,
             config="BwdSinksConfig",
         )
+        for arch in ARCHITECTURES
     ]  # fmt: skip
 
 

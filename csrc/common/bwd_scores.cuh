@@ -22,7 +22,7 @@ struct BwdPlainScore {
   float log2_scale;
 
   __device__ __forceinline__ explicit BwdPlainScore(const ScoreParams& params)
-      : log2_scale(params.softmax_scale * kLog2e) {}
+      : log2_scale(params.scale_log2) {}
   __device__ __forceinline__ void begin_item(const ScoreParams&, const RowRange&, int, int, int) {}
   __device__ __forceinline__ void begin_head(const ScoreParams&, int, int) {}
 
@@ -48,7 +48,7 @@ struct BwdModifiedScore {
   float bias_sum[2];  // gradient of the bias of these keys: this thread's part
   float slope;        // of the query head, log2 units
 
-  __device__ __forceinline__ explicit BwdModifiedScore(const ScoreParams& params) : numbers(params) {}
+  __device__ __forceinline__ explicit BwdModifiedScore(const ScoreParams& params) : numbers{params} {}
 
   // first_key: position of the thread's first key; the second is eight further.
   __device__ __forceinline__ void begin_item(const ScoreParams& params, const RowRange& keys, int /*index*/, int head_kv,
@@ -69,17 +69,17 @@ struct BwdModifiedScore {
   // distance: from the thread's first key to the query of its first column.
   template <int kNumAcc>
   __device__ __forceinline__ void exponents(float (&acc_s)[kNumAcc], uint32_t lse, int distance) const {
-    if (numbers.has_softcap && numbers.softcap.precise) {
+    if (numbers.has_large_softcap()) {
 #pragma unroll
       for (float& score : acc_s) score = numbers.capped<true>(score);
-    } else if (numbers.has_softcap) {
+    } else if (numbers.has_softcap()) {
 #pragma unroll
       for (float& score : acc_s) score = numbers.capped<false>(score);
     } else {
 #pragma unroll
       for (float& score : acc_s) score = numbers.scaled(score);
     }
-    if (numbers.has_alibi) {
+    if (numbers.has_alibi()) {
       const float from = static_cast<float>(distance);
 #pragma unroll
       for (int i = 0; i < kNumAcc; ++i) {
@@ -101,8 +101,8 @@ struct BwdModifiedScore {
   // gradient is 0, gives a finite factor.
   __device__ __forceinline__ float softcap_factor(float p, float lse, int half, float distance) const {
     float capped = fast_log2(p) + lse - bias[half];
-    if (numbers.has_alibi) capped = fmaf(slope, fabsf(distance), capped);
-    const float tanh = fmaxf(-1.f, fminf(1.f, capped * fast_reciprocal(numbers.softcap.outer)));
+    if (numbers.has_alibi()) capped = fmaf(slope, fabsf(distance), capped);
+    const float tanh = fmaxf(-1.f, fminf(1.f, capped * fast_reciprocal(numbers.params.cap_outer)));
     return 1.f - tanh * tanh;
   }
 };

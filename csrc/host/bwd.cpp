@@ -120,11 +120,11 @@ void fill_unused_rows(const SeqlenParams& seqlens, int batch, std::initializer_l
 Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
               FX_INPUT_PARAMETERS, bool deterministic, int64_t wanted, std::optional<std::string> backend) {
   const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
-  FwdProblem problem = problem_from_inputs(inputs, std::nullopt);
+  FwdProblem problem = problem_from_inputs(inputs, backend);
   problem.deterministic = deterministic;
   const DeviceInfo& device = device_info_of(q);
   const FwdPlan plan = plan_bwd(problem, device);
-  if (plan.variant == nullptr || backend == "reference") {
+  if (plan.variant == nullptr) {  // a backend that has a forward alone leaves the gradients to the reference too
     return reference_bwd(dout, dlse, inputs, out, lse, deterministic, wanted,
                          backend == "reference" ? "" : plan.rejections_as_text());
   }
@@ -234,7 +234,7 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
     rows.head_dim = params.head_dim;
     rows.column_blocks = static_cast<int>(column_blocks);
     rows.stats_rows = params.stats_rows;
-    const Variant* variant = plan_bwd_postprocess(problem.dtype, device);
+    const Variant* variant = plan_bwd_postprocess(problem.dtype, plan.variant->arch);
     FX_CHECK(variant != nullptr, "attention: this build has no bwd_postprocess kernel for ", dtype_name(problem.dtype));
     FX_CUDA_CHECK(find_bwd_postprocess(variant->name)(rows, stream), variant->name);
   }
@@ -247,7 +247,7 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
     statistics.num_entries = static_cast<int>(entries);
     statistics.num_heads = params.num_heads;
     statistics.stats_rows = params.stats_rows;
-    const Variant* variant = plan_bwd_sinks(device);
+    const Variant* variant = plan_bwd_sinks(plan.variant->arch);
     FX_CHECK(variant != nullptr, "attention: this build has no bwd_sinks kernel");
     FX_CUDA_CHECK(find_bwd_sinks(variant->name)(statistics, stream), variant->name);
   }

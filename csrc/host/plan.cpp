@@ -201,18 +201,6 @@ bool sizes_fit(const FwdProblem& problem) {
   return num_items(problem, kFewestRows, 1) < kMaxItems && problem.seqlen_q() < kMaxItems && problem.seqlen_k() < kMaxItems;
 }
 
-// The first row of an op that fits, from the backend that comes first.
-template <class Fits>
-const Variant* first_row(Op op, const DeviceInfo& device, Fits&& fits) {
-  for (const KernelBackend& backend : kKernelBackends) {
-    if (!device_runs(device, backend.arch)) continue;
-    for (const Variant& variant : variants()) {
-      if (variant.op == op && variant.arch == backend.arch && fits(variant)) return &variant;
-    }
-  }
-  return nullptr;
-}
-
 FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op op, const char* direction) {
   FwdPlan plan;
   for (const KernelBackend& backend : kKernelBackends) {
@@ -305,16 +293,28 @@ int64_t bwd_stats_rows(const FwdProblem& problem) {
   return slots * kStatsRowAlignment;
 }
 
-const Variant* plan_bwd_postprocess(ScalarType dtype, const DeviceInfo& device) {
-  return first_row(Op::k_bwd_postprocess, device, [&](const Variant& row) { return row.dtype == dtype; });
+const Variant* plan_bwd_postprocess(ScalarType dtype, int arch) {
+  for (const Variant& variant : variants()) {
+    if (variant.op == Op::k_bwd_postprocess && variant.arch == arch && variant.dtype == dtype) return &variant;
+  }
+  return nullptr;
 }
 
-const Variant* plan_bwd_sinks(const DeviceInfo& device) {
-  return first_row(Op::k_bwd_sinks, device, [](const Variant&) { return true; });
+const Variant* plan_bwd_sinks(int arch) {
+  for (const Variant& variant : variants()) {
+    if (variant.op == Op::k_bwd_sinks && variant.arch == arch) return &variant;
+  }
+  return nullptr;
 }
 
 const Variant* plan_fill_unused(const DeviceInfo& device) {
-  return first_row(Op::k_fill_unused, device, [](const Variant&) { return true; });
+  for (const KernelBackend& backend : kKernelBackends) {
+    if (!device_runs(device, backend.arch)) continue;
+    for (const Variant& variant : variants()) {
+      if (variant.op == Op::k_fill_unused && variant.arch == backend.arch) return &variant;
+    }
+  }
+  return nullptr;
 }
 
 const Variant* plan_bwd_preprocess(ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device) {

@@ -33,16 +33,16 @@ struct FwdPlan {
 
 FwdPlan plan_fwd(const FwdProblem& problem, const DeviceInfo& device);
 
-// The same question for the backward; backend: the one asked for in the forward binds only if it is the reference.
+// The same question for the backward.
 FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device);
 
 // The rows of a head in the backward's statistics and sums, for the lengths that the host knows.
 int64_t bwd_stats_rows(const FwdProblem& problem);
 
-// The variant that puts the backward's sums into rows of this dtype, and the one of the sinks' gradient; null when this build or
-// device has none.
-const Variant* plan_bwd_postprocess(ScalarType dtype, const DeviceInfo& device);
-const Variant* plan_bwd_sinks(const DeviceInfo& device);
+// The variants that put the sums of this group's backward into rows, and that compute the sinks' gradient; null when this build
+// has none.
+const Variant* plan_bwd_postprocess(ScalarType dtype, int arch);
+const Variant* plan_bwd_sinks(int arch);
 
 // The kernel that gives rows of no sequence their value, or null when this build or device has none.
 const Variant* plan_fill_unused(const DeviceInfo& device);

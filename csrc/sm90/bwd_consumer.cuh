@@ -277,7 +277,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
         }
       };
       if constexpr (Config::Score::kModifies) {
-        if (score.numbers.has_softcap) {
+        if (score.numbers.has_softcap()) {
           differentiate(score, std::true_type{});
         } else {
           differentiate(score, std::false_type{});
