@@ -101,6 +101,7 @@ struct CacheOutput {
         }
       }
     }
+    __syncwarp();  // the tile may lie in shared memory, where the next one is about to be put
   }
 
   __device__ __forceinline__ void store_lse(const float (&values)[2], int lane) {
