@@ -128,13 +128,13 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
                         .num_rows = params.places.num_blocks > 0 ? params.places.capacity : 0};
     const auto window = [](int64_t side) { return static_cast<int>(min_of<int64_t>(side, kMaxWindow)); };
     params.mask = {.window_left = window(problem.window_left), .window_right = window(problem.window_right)};
-    params.score = {.softmax_scale = static_cast<float>(softmax_scale),
-                    .softcap = static_cast<float>(softcap),
-                    .alibi_slopes = alibi_slopes ? static_cast<const float*>(alibi_slopes->data_ptr()) : nullptr,
-                    .alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0,
-                    .k_bias = nullptr,
-                    .k_bias_batch_stride = 0,
-                    .k_bias_head_stride = 0};
+    params.score.softmax_scale = static_cast<float>(softmax_scale);
+    params.score.softcap = static_cast<float>(softcap);
+    if (alibi_slopes) {
+      params.score.alibi_slopes = static_cast<const float*>(alibi_slopes->data_ptr());
+      params.score.alibi_batch_stride = alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
+    }
+    params.score = with_factors(params.score);
     params.sinks = sinks && !parts ? static_cast<const float*>(sinks->data_ptr()) : nullptr;
     params.out = out.data_ptr(), params.lse = static_cast<float*>(lse.data_ptr());
     params.out_strides = row_strides_of(out);
