@@ -129,10 +129,10 @@ __device__ __forceinline__ void flash_bwd_sm90(const BwdParams& params) {
       prefetch_tensor_map(params.q_tma.map);
       prefetch_tensor_map(params.dout_tma.map);
     }
-    shared.k_ring.init(kBwdConsumers * 4);
-    shared.v_ring.init(kBwdConsumers * 4);
-    shared.q_ring.init(kBwdConsumers * 4);
-    shared.dout_ring.init(kBwdConsumers * 4);
+    shared.k_ring.init(1, kBwdConsumers * 4);
+    shared.v_ring.init(1, kBwdConsumers * 4);
+    shared.q_ring.init(1, kBwdConsumers * 4);
+    shared.dout_ring.init(1, kBwdConsumers * 4);
     for (auto& ring : shared.dq_ring) {
       mbarrier_init(&ring.full[0], 4);
       mbarrier_init(&ring.empty[0], 1);
