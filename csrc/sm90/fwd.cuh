@@ -306,11 +306,11 @@ __device__ __forceinline__ void consume(const typename Config::Params& params, S
   constexpr uint32_t kValues = offsetof(Shared, v) / 16, kValueStage = sizeof(shared.v[0]) / 16;
   const uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);
   // The number is never negative: this is kDescriptorHigh, but the compiler does not know and keeps it in its register. For
-  // K only up to head_dim 128: beyond, there are more descriptors than uniform registers (modified scores spill by that).
+  // K only up to head_dim 128: beyond, there are more descriptors than uniform registers.
   const uint32_t descriptor_high = kDescriptorHigh + (params.seqlens_k.num_rows >> 31);
   const WgmmaDescriptor q_major{k_major_descriptor(base), kDescriptorHigh};
   const WgmmaDescriptor k_major{k_major_descriptor(base),
-                                Config::kHeadDim > 128 && !Score::kModifies ? kDescriptorHigh : descriptor_high};
+                                Config::kHeadDim > 128 ? kDescriptorHigh : descriptor_high};
   const WgmmaDescriptor mn_major{mn_major_descriptor(base, Config::kBlockN), descriptor_high};
   const uint32_t my_query_step = warpgroup * (kRowsPerWarpgroup * kSlabRowBytes >> 4);
 

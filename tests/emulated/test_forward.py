@@ -247,3 +247,63 @@ def test_a_failed_call_does_not_fail_the_next(schedule) -> None:
     finally:
         _emulator.replace_ptx(kernel, None)
     assert torch.equal(flash_ext.attention(q, k, v, backend=BACKEND), expected)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"window_size": (250, 30)}, {"softcap": 0.0, "k_bias": True}), ids=str)
+def test_scores_of_minus_infinity_weigh_nothing(head_dim: int, options: dict, schedule) -> None:
+    """The tiles visited first hold no score above -inf, masked or not; keys that come later make the rows finite."""
+    schedule("checks")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(1, rows, 2, head_dim, generator=generator).bfloat16() + 0.1 for rows in (150, 700, 700))
+    k[:, 90:] = -torch.inf
+    if "k_bias" in options:
+        k, options = k.clamp(min=-1), {"k_bias": torch.zeros(1, 2, 700)}
+        options["k_bias"][:, :, 90:] = -torch.inf
+    elif "window_size" in options:
+        k[:, 400:520] = 0.5
+    got = flash_ext.attention(q, k, v, **options, return_lse=True, return_max_logit=True, backend=BACKEND)
+    expected = flash_ext.attention(q, k, v, **options, return_lse=True, return_max_logit=True, backend="reference")
+    visible = expected[1].isfinite()
+    assert visible.any() and torch.equal(got[1].isfinite(), visible) and got[0].isfinite().all()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02)
+    nothing = flash_ext.attention(q, torch.full_like(k, -torch.inf), v, return_lse=True, backend=BACKEND)
+    assert not nothing[0].any() and (nothing[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("heads,heads_kv", ((2, 1), (6, 2), (5, 1), (70, 1)))
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"window_size": (40, 3)}, {"softcap": 5.0, "causal": True}), ids=str)
+def test_heads_that_share_a_tile_give_the_bits_of_heads_alone(heads: int, heads_kv: int, options: dict, schedule) -> None:
+    schedule("checks")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 64, generator=generator).bfloat16() for n, h in ((9, heads), (200, heads_kv), (200, heads_kv)))
+    extra = {"sinks": torch.randn(heads, generator=generator), "alibi_slopes": torch.rand(2, heads, generator=generator)}
+    if "softcap" not in options:
+        extra.pop("alibi_slopes")
+    assert flash_ext.explain(q, k, v, **options, **extra).heads_per_tile > 1
+    together = flash_ext.attention(q, k, v, **options, **extra, return_lse=True, return_max_logit=True, backend=BACKEND)
+    for head in range(heads):
+        mine, shared = slice(head, head + 1), slice(head // (heads // heads_kv), head // (heads // heads_kv) + 1)
+        part = {name: tensor[..., mine].contiguous() for name, tensor in extra.items()}
+        alone = flash_ext.attention(
+            q[:, :, mine], k[:, :, shared], v[:, :, shared], **options, **part, return_lse=True, return_max_logit=True,
+            backend=BACKEND,
+        )  # fmt: skip
+        assert torch.equal(together[0][:, :, mine], alone[0]) and torch.equal(together[1][:, mine], alone[1])
+        assert torch.equal(together[2][mine], alone[2])
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_offsets_beyond_31_bits(dim: int, schedule) -> None:
+    """Elements that lie more than 2^31 apart, in the batch's, the rows' or the heads' direction; the memory is never touched."""
+    schedule("plain")
+    generator = torch.Generator().manual_seed(0)
+    small = [torch.randn(2, 2, 2, 64, generator=generator).bfloat16() for _ in range(3)]
+    far = []
+    for tensor in small:
+        strides = [256, 128, 64, 1]
+        strides[dim] = 2**31 + 512
+        far.append(torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor))
+    expected = flash_ext.attention(*small, causal=True, backend=BACKEND)
+    assert torch.equal(flash_ext.attention(*far, causal=True, backend=BACKEND), expected)

@@ -1,6 +1,6 @@
 """Planted bugs: every wait, arrival, fence, copy and descriptor of the Hopper forward broken in turn, under the checks.
 
-One row of each kind: three or two consumers, causal and full, one or two stages of Q, and the output staged in an area of
+One row of each kind: three or two consumers, causal, full and a window with a modified score, one or two stages of Q, and the output staged in an area of
 its own or (d192, d256) in Q. `python tests/emulator/planted.py NAME` runs any other.
 """
 
@@ -20,7 +20,7 @@ sys.path.append(str(EMULATOR))
 
 import planted  # noqa: E402
 
-ROWS = ("d64_causal", "d64_full", "d128_causal", "d128_full", "d192_causal", "d256_full")
+ROWS = ("d64_causal", "d64_full", "d128_causal", "d128_full", "d128_local_scored", "d192_causal", "d256_full")
 KERNELS = [f"fwd_sm90_bf16_{row}" for row in ROWS]
 results: dict[str, list[planted.Result]] = {}
 

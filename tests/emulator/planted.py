@@ -51,6 +51,9 @@ SHAPES = (
     (2, 1, 450, 100, None),
     (3, 1, 300, 0, None),
 )
+# Rows with windows also see tiles that are masked on the left; packed sequences, one head a tile, then several.
+WINDOW = (150, 60)
+PACKED = (((100, 300), (0, 5), (230, 150), (3, 0)), ((3, 90), (1, 40), (0, 2), (5, 130)))
 # A bug may turn a loop endless.
 INSTRUCTION_LIMIT = 20_000_000
 
@@ -125,13 +128,28 @@ class Result:
     because: str = ""
 
 
+def options_of(mask: str, scored: bool, heads: int, bias_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The options for which the planner takes the row of this mask and score."""
+    import torch
+
+    options: dict[str, Any] = {"causal": mask == "causal"}
+    if mask == "local":
+        options["window_size"] = WINDOW
+    if scored:
+        generator = torch.Generator().manual_seed(2)
+        options |= {
+            "softcap": 5.0, "alibi_slopes": torch.linspace(0.1, 0.5, heads), "k_bias": torch.randn(bias_shape, generator=generator),
+        }  # fmt: skip
+    return options
+
+
 def attention_call(kernel: str) -> Callable[[], list[Any]]:
     """A call of flash_ext.attention that launches this forward kernel; returns its results."""
     import torch
 
     import flash_ext
 
-    _, _, dtype, head_dim, mask = kernel.split("_")
+    _, _, dtype, head_dim, mask, *scored = kernel.split("_")
     dims = [int(number) for number in head_dim[1:].split("x")]  # d128, or d192x128 where V's differs
     generator = torch.Generator().manual_seed(1)
 
@@ -143,10 +161,19 @@ def attention_call(kernel: str) -> Callable[[], list[Any]]:
     for heads, heads_kv, seqlen_q, seqlen_k, scale in SHAPES:
         q, k = tensor(seqlen_q, heads, dims[0]), tensor(seqlen_k, heads_kv, dims[0])
         tensors = q, k, tensor(seqlen_k, heads_kv, dims[-1])
-        calls.append((tensors, {"causal": mask == "causal", "softmax_scale": scale, "return_lse": True}))
+        calls.append((tensors, {"softmax_scale": scale, **options_of(mask, bool(scored), heads, (1, heads_kv, seqlen_k))}))
+    for lengths in PACKED:
+        boundaries = [torch.tensor([0, *side]).cumsum(0).int() for side in zip(*lengths, strict=True)]
+        total_q, total_k = (int(ends[-1]) for ends in boundaries)
+        q, k, v = (tensor(rows, heads, dim)[0] for rows, heads, dim in ((total_q, 2, dims[0]), (total_k, 1, dims[0]), (total_k, 1, dims[-1])))
+        options = options_of(mask, bool(scored), 2, (1, total_k))
+        calls.append(((q, k, v), {"cu_seqlens_q": boundaries[0], "cu_seqlens_k": boundaries[1], "sinks": torch.ones(2), **options}))
 
     def call() -> list[torch.Tensor]:
-        results = [flash_ext.attention(*tensors, **options) for tensors, options in calls]
+        results = []
+        for tensors, options in calls:
+            attend = flash_ext.attention_varlen if "cu_seqlens_q" in options else flash_ext.attention
+            results.append(attend(*tensors, **options, return_lse=True))
         return [part for out, lse in results for part in (out.view(torch.int16), lse.view(torch.int32))]
 
     return call
