@@ -97,7 +97,7 @@ def test_variants_are_the_table_of_csrc(variants_module: Any) -> None:
         pytest.skip("this build holds a subset (FLASH_EXT_VARIANTS or TORCH_CUDA_ARCH_LIST)")
     assert groups == set(BUILD["architectures"])
     assert BUILD["num_variants"] == len(built)
-    dtypes = {"bf16": "bfloat16", "fp16": "float16", "f32": "float32"}
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "f32": "float32", "": "float16"}  # "": a kernel without a dtype
     for name, row in VARIANTS.items():
         source = rows[name]
         assert row == {
@@ -110,7 +110,7 @@ def test_names_are_unique_and_say_what_they_are(variants_module: Any) -> None:
     names = [row.name for row in variants_module.VARIANTS]
     assert len(names) == len(set(names))
     for row in variants_module.VARIANTS:
-        assert row.name.startswith(f"{row.op}_{row.arch}_{row.dtype}" + (f"_d{row.head_dim}" if row.head_dim else ""))
+        assert row.name.startswith("_".join(filter(None, (row.op, row.arch, row.dtype, f"d{row.head_dim}" * (row.head_dim > 0)))))
 
 
 # --- the forward's plan ---

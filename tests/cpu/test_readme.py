@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import re
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import flash_ext
+from flash_ext import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,12 +29,16 @@ GPUS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HEAD_DIMS = (8, 36, 64, 80, 100, 128, 200, 256)
-EVERY_HEAD_DIM = "every head_dim that is a multiple of 8"
 WIDE = {"dtype": torch.float32, "device": "meta"}
-MASKS = {
+LENGTHS = torch.empty(4, dtype=torch.int32, device="meta")
+CALLS = {
     "full": {}, "causal": {"causal": True}, "window": {"window_size": (128, 0)}, "softcap": {"softcap": 30.0},
-    "sinks": {"sinks": torch.empty(4, **WIDE)}, "ALiBi": {"alibi_slopes": torch.empty(4, **WIDE)},
-    "key bias": {"k_bias": torch.empty(2, 2, 512, **WIDE)}, "split keys": {"split_boundaries": (0, 100, 512)},
+    "sinks": {"sinks": torch.empty(4, **WIDE)}, "alibi": {"alibi_slopes": torch.empty(4, **WIDE)},
+    "bias": {"k_bias": torch.empty(2, 512, **WIDE)}, "max": {"return_max_logit": True},
+    "together": {
+        "causal": True, "softcap": 9.0, "sinks": torch.empty(4, **WIDE), "k_bias": torch.empty(2, 512, **WIDE),
+        "alibi_slopes": torch.empty(4, **WIDE), "window_size": (9, 9),
+    },
 }  # fmt: skip
 
 
@@ -69,37 +77,48 @@ def test_the_tables_name_every_function_and_option():
         assert any(re.search(rf"`{option}\b", row) for row in functions) or option in "qkv", option
 
 
-def forward_of(gpu: str) -> str:
+def cells_of(gpu: str) -> list[str]:
+    """[forward, backward] of a row of the table."""
     rows = [line.split("|") for line in README.splitlines() if line.startswith(f"| {gpu}")]
     assert len(rows) == 1, f"the table has no single row for {gpu}"
-    return rows[0][2].strip()
+    return [cell.strip() for cell in rows[0][2:4]]
+
+
+def planned(device: str, dtype: torch.dtype, head_dim: int, kind: str, options: dict) -> list[str]:
+    """[forward, backward]: the backend that the planner takes."""
+    front = (512,) if kind == "packed" else (1, 512)
+    q = torch.empty(*front, 4, head_dim, dtype=dtype, device="meta")
+    extra = {
+        "dense": {}, "packed": {"cu_seqlens_q": LENGTHS, "cu_seqlens_k": LENGTHS}, "split": {"split_boundaries": (0, 100, 512)}
+    }[kind]  # fmt: skip
+    if kind != "packed" and "k_bias" in options:
+        options = {**options, "k_bias": options["k_bias"][None]}
+    call = dispatch._checked(q, q[..., :2, :], q[..., :2, :], {**options, **extra})
+    host, planned = dispatch._host(), []
+    for plan in (host.plan_fwd, host.plan_bwd):
+        with mock.patch.object(dispatch, "_host", lambda plan=plan: types.SimpleNamespace(plan_fwd=plan)):
+            planned.append(dispatch._plan(device, call, None)["backend"])
+    return planned
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_the_table_says_what_the_planner_says(gpu):
-    """Every dtype, head_dim and mask is compiled for a GPU exactly if the row names it."""
-    if not any(row["op"] == "fwd" for row in host_variants()):
+    """What has a kernel for a GPU is what the row and the paragraph below it promise, forward and backward."""
+    if not any(row["op"] == "bwd" for row in host_variants()):
         pytest.skip("this build has no kernels")
-    cell = forward_of(gpu)
+    cells = cells_of(gpu)
     for device in GPUS[gpu]:
-        if device == "cpu":
-            assert cell == "reference"
-            continue
-        for dtype in DTYPES:
-            for head_dim in HEAD_DIMS:
-                for mask, options in MASKS.items():
-                    q = torch.empty(2, 512, 4, head_dim, dtype=dtype, device="meta")
-                    explanation = flash_ext.explain(q, q[:, :, :2], q[:, :, :2], device_info=device, **options)
-                    words = (str(dtype).removeprefix("torch."), mask)
-                    covered = head_dim % 8 == 0 and EVERY_HEAD_DIM in cell
-                    promised = covered and all(re.search(rf"\b{word}\b", cell) for word in words)
-                    assert promised == (explanation.backend != "reference"), f"{device} {head_dim} {words}: {explanation}"
+        for dtype, head_dim, kind in itertools.product(DTYPES, HEAD_DIMS, ("dense", "packed", "split")):
+            promised = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+            expected = [cell.removeprefix("kernel ") if promised else "reference" for cell in cells]
+            for name, options in CALLS.items():
+                if kind == "split" and ("sinks" in options or name == "max"):
+                    continue
+                assert planned(device, dtype, head_dim, kind, options) == expected, (device, dtype, head_dim, kind, name)
 
 
 def host_variants() -> list[dict]:
-    from flash_ext.dispatch import _host
-
-    return _host().variants()
+    return dispatch._host().variants()
 
 
 def test_files_that_the_readme_links_to_exist():
