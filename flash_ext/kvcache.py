@@ -72,11 +72,12 @@ def attention_with_kvcache(
     rows. Softmax, masks and their alignment are those of flash_ext.attention.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), bfloat16, float16, float32 or float64, head_dim at most 256.
+        q: (batch, seqlen_q, num_heads, head_dim), bfloat16, float16, float32 or float64, head_dim at most 576.
         k_cache: (batch_cache, seqlen, num_heads_kv, head_dim), or with page_table (num_pages, page_size, num_heads_kv,
             head_dim); dtype and device of q. Any page size and any strides with a contiguous last dimension, such as a cache
             whose pages interleave layers. Kernels want strides that are multiples of 16 bytes.
-        v_cache: the same with head_dim_v.
+        v_cache: the same with head_dim_v; may share k_cache's memory, as k_cache[..., :512] does for absorbed multi-head latent
+            attention (then append by hand, or give v as the same columns of k).
         k: (batch, seqlen_new, num_heads_kv, head_dim), rows to append, or None.
         v: (batch, seqlen_new, num_heads_kv, head_dim_v), or None.
         cache_seqlens: rows of each sequence in the cache before the call, (batch,) int32, or one int for all.

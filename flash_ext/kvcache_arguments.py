@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import BACKENDS, DTYPES, MAX_HEAD_DIM, _certain, _is_finite, _is_int, _is_number
+from .arguments import BACKENDS, DTYPES, _certain, _is_finite, _is_int, _is_number
 
 NAME = "attention_with_kvcache"
 MAX_SPLITS = 256
+MAX_HEAD_DIM = 576  # absorbed multi-head latent attention: 512 shared with the values, 64 with positions
 _INDEX_TENSORS = ("cache_seqlens", "cache_batch_idx", "leftpad_k", "page_table")
 
 

@@ -301,6 +301,8 @@ def _named_cases() -> list[Case]:
             Case("splits", (260, 5, 129), seqlen_new=1, page_size=16, options={"num_splits": n}, num_heads=8)
             for n in (1, 2, 3, 7, 64)
         ),
+        Case("mla", (70, 0, 33), num_heads=16, num_heads_kv=1, head_dim=576, head_dim_v=512, page_size=64),
+        Case("mla_prefill", (0, 9), seqlen_q=20, seqlen_new=20, num_heads=4, num_heads_kv=4, head_dim=192, head_dim_v=128),
         Case("long", (1500, 700), seqlen_q=2, seqlen_new=2, num_heads=2, num_heads_kv=1, head_dim=32, page_size=64),
     ]
 

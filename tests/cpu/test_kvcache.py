@@ -139,6 +139,16 @@ def test_table_entries_beyond_a_sequence_may_hold_anything() -> None:
     assert same(call(again), expected)
 
 
+def test_values_may_be_columns_of_the_keys() -> None:
+    """Multi-head latent attention, absorbed: one cache of 512 + 64 columns for both."""
+    made = kvcache_cases.build(
+        Case("law", (17, 5), seqlen_new=1, num_heads=8, num_heads_kv=1, head_dim=576, head_dim_v=512), "cpu", torch.float32
+    )
+    made["v_cache"], made["v"] = made["k_cache"][..., :512].clone(), made["k"][..., :512]
+    expected = call({**made, "k_cache": made["k_cache"].clone()})
+    assert same(call(made, v_cache=made["k_cache"][..., :512]), expected)
+
+
 def test_batch_invariance() -> None:
     """A sequence gives the same bits alone and beside others."""
     case = Case("law", (170, 3, 65), seqlen_q=2, page_size=16)

@@ -340,6 +340,23 @@ def test_every_split_count(page_size: int | None, schedule) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("page_size", (None, 1, 16, 64, 256))
+def test_every_key_moves_once_in_whole_sectors(page_size: int | None, schedule) -> None:
+    """Decoding is bound by memory: the cache's bytes, and no others, whatever the page size."""
+    schedule("plain", profile=True)
+    lengths, heads_kv = (1024, 512), 2
+    case = Case("bytes", lengths, num_heads=8, num_heads_kv=heads_kv, head_dim=128, page_size=page_size)
+    _emulator.reset_reports()
+    attend(kvcache_cases.build(case, "cpu", torch.bfloat16), num_splits=1)
+    (report,) = _emulator.reports()
+    copied = sum(stats.tma_bytes for stats in report.instructions)
+    gathered = 32 * sum(s.global_sectors for s in report.instructions if s.opcode.startswith("cp.async.cg"))
+    queries = len(lengths) * heads_kv * 64 * 2 * 128  # boxes of 64 rows, of which few exist
+    assert copied + gathered == queries + sum(lengths) * heads_kv * 2 * 2 * 128
+    assert (gathered > 0) == (page_size == 1)
+
+
+@hopper
 @pytest.mark.parametrize("page_size", (4, 16))
 def test_decoding_step_by_step(page_size: int, schedule) -> None:
     """The call sequence of a replayed graph: the same tensors, lengths that grow on the device."""
