@@ -244,7 +244,9 @@ def _fwd_sm80() -> list[Variant]:
         )
         for dtype in ("bf16", "fp16")
         for (head_dim, head_dim_v, smem_kib), tile in FWD_SM80_TILES.items()
-        for mask, scored in (("full", False), ("causal", False), ("local", False), ("local", True))
+        for mask, scored in (
+            ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
+        )  # fmt: skip
         if not (scored and smem_kib == 163 and head_dim <= 128)
     ]
 

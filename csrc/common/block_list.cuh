@@ -52,10 +52,10 @@ struct ListedTiles {
   static_assert(kMaskBlock % kTile == 0 && kTile >= 16, "whole tiles of a block, and whole bytes of its bits");
   static constexpr int kTilesPerBlock = kMaskBlock / kTile;
 
-  const BlockListParams& params;
-  int first_entry;
+  const BlockEntry* entries;  // of the line
   int num_tiles;
   int num_masked;  // the first tiles need their bits, the others none
+  int num_blocks;  // along the other sequence
 
   // Of batch entry `batch` and query head `head`.
   FX_HOST_DEVICE constexpr static ListedTiles of_line(const BlockListParams& params, int batch, int head, int own_block) {
@@ -63,20 +63,20 @@ struct ListedTiles {
     const int first = clamp(params.offsets[line], 0, params.num_entries);
     const int last = clamp(params.offsets[line + 1], first, params.num_entries);
     const int partial = clamp(params.num_partial[line], 0, last - first);
-    return {params, first, (last - first) * kTilesPerBlock, partial * kTilesPerBlock};
+    return {params.entries + first, (last - first) * kTilesPerBlock, partial * kTilesPerBlock, params.num_blocks};
   }
 
-  FX_HOST_DEVICE constexpr BlockEntry entry(int i) const { return params.entries[first_entry + i / kTilesPerBlock]; }
+  FX_HOST_DEVICE constexpr BlockEntry entry(int i) const { return entries[i / kTilesPerBlock]; }
 
   // The i-th tile visited.
   FX_HOST_DEVICE constexpr int n_block(int i) const {
-    return clamp(entry(i).block, 0, params.num_blocks - 1) * kTilesPerBlock + i % kTilesPerBlock;
+    return clamp(entry(i).block, 0, num_blocks - 1) * kTilesPerBlock + i % kTilesPerBlock;
   }
 
 #ifdef __CUDACC__
   // What a thread of a matrix instruction does not see of its rows `row` and row + 8 of the i-th tile, see HiddenBits. row: of
   // the block; direction: 0 for rows of queries, 1 for rows of keys.
-  __device__ __forceinline__ void load_hidden(int i, int direction, int row, int lane, uint32_t (&hidden)[2]) const {
+  __device__ __forceinline__ void load_hidden(const BlockListParams& params, int i, int direction, int row, int lane, uint32_t (&hidden)[2]) const {
     const int slot = min_of(entry(i).slot, params.num_bits - 1);
     hidden[0] = hidden[1] = 0;
     if (slot < 0) return;

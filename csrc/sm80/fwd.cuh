@@ -72,7 +72,8 @@ struct FwdConfig : FwdTile<kHeadDim_, kLimit_, Score_::kModifies> {
   using Element = Element_;
   using Mask = Mask_;
   using Score = Score_;
-  using Tiles = RangeTiles<Mask>;
+  using Tiles = typename TilesOf<Mask>::Type;
+  using KeyTiles = std::conditional_t<Tiles::kListed, ListedTiles<Tile::kBlockN>, flash_ext::KeyTiles>;
   using Output = DenseOutput<Element>;
   static constexpr SharedLimit kLimit = kLimit_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -100,7 +101,7 @@ struct SharedStorage {
   alignas(kSlabRowBytes) uint8_t v[Config::kStagesV][Config::kValueTileBytes];
   // What the CTA works on: here, since the main loop has no registers for it.
   QueryTile queries;
-  KeyTiles tiles;
+  typename Config::KeyTiles tiles;
   const uint8_t *k_rows, *v_rows;  // the sequence's first, of this head
 };
 
@@ -141,7 +142,7 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
   const auto read_warp_row = [] { return read_thread() / 32 * Config::kWarpRows; };  // within the tile of queries
   const typename Config::Mask mask(params.mask);
 
-  // The i-th tile visited; only the first one may reach beyond the sequence.
+  // The i-th tile visited; of ranges, only the first one may reach beyond the sequence.
   const auto load_k = [&](int i, int num_rows) {
     const int first = shared.tiles.n_block(i) * Config::kBlockN;
     KeyCopy::copy(shared_address(shared.k[i % Config::kStagesK]), num_rows, params.head_dim,
@@ -152,7 +153,8 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
     ValueCopy::copy(shared_address(shared.v[i % Config::kStagesV]), num_rows, params.head_dim_v,
                     shared.v_rows + int64_t{2} * first * params.v_strides.row, 2 * params.v_strides.row);
   };
-  const auto rows_from = [&](int i) { return shared.queries.sequence.k.num_rows - shared.tiles.n_block(i) * Config::kBlockN; };
+  const auto rows_left = [&](int i) { return shared.queries.sequence.k.num_rows - shared.tiles.n_block(i) * Config::kBlockN; };
+  const auto rows_from = [&](int i) { return Config::Tiles::kListed || i == 0 ? rows_left(i) : Config::kBlockN; };
 
   {
     const int thread = read_thread();
@@ -160,8 +162,14 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
         warp_query_tile<Config::kBlockM>(params, params.schedule.item(read_block()), read_lane());
     if (!queries.exists()) return;
     const Sequence& sequence = queries.sequence;
-    const KeyTiles tiles = Config::Tiles::template key_tiles<Config::kBlockN>(mask, sequence, queries.first_position,
-                                                                              queries.last_position(Config::kBlockM));
+    typename Config::KeyTiles tiles;
+    if constexpr (Config::Tiles::kListed) {
+      static_assert(kMaskBlock % Config::kBlockM == 0, "a tile of queries lies in one block");
+      tiles = Config::KeyTiles::of_line(params.blocks, queries.index, queries.head(0), queries.first_position / kMaskBlock);
+    } else {
+      tiles = Config::Tiles::template key_tiles<Config::kBlockN>(mask, sequence, queries.first_position,
+                                                                 queries.last_position(Config::kBlockM));
+    }
     if (thread == 0) {
       shared.queries = queries;
       shared.tiles = tiles;
@@ -265,9 +273,19 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
   const auto position_of = [&](int row_tile, int half, int lane) {
     return shared.queries.position(read_warp_row() + row_tile * kRowsPerWarp + acc_row(lane, half));
   };
-  const auto hide = [&](int n_block) {
+  // The i-th tile visited.
+  const auto hide = [&](int i) {
     const int lane = read_lane();
-    const int first_key = n_block * Config::kBlockN + acc_first_col(lane);
+    if constexpr (Config::Tiles::kListed) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        uint32_t hidden[2];
+        shared.tiles.load_hidden(params.blocks, i, /*direction=*/0, position_of(r, 0, lane) % kMaskBlock, lane, hidden);
+        hide_keys(acc_s[r], hidden);
+      }
+      return;
+    }
+    const int first_key = shared.tiles.n_block(i) * Config::kBlockN + acc_first_col(lane);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       typename HiddenBits<kNumAccS>::Word hidden[2];
@@ -294,18 +312,18 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
   const auto step = [&](int i) {
     wait_for_copies<0>();
     __syncthreads();
-    const KeyTiles& tiles = shared.tiles;
+    const auto& tiles = shared.tiles;
     const RowRange& keys = shared.queries.sequence.k;
     const bool more = i + 1 < tiles.num_tiles;
     const auto biases = score.template load_tile<Config::kBlockN>(keys, tiles.n_block(i), read_lane());
     if constexpr (Config::kStagesV == 1) {
-      load_v(i, i == 0 ? rows_from(0) : Config::kBlockN);
+      load_v(i, rows_from(i));
       commit_copies();
     }
     if constexpr (Config::kStagesK == 2) {
-      if (more) load_k(i + 1, Config::kBlockN);
+      if (more) load_k(i + 1, rows_from(i + 1));
       if constexpr (Config::kStagesV == 2) {
-        if (more) load_v(i + 1, Config::kBlockN);
+        if (more) load_v(i + 1, rows_from(i + 1));
       }
       commit_copies();
     }
@@ -320,7 +338,9 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
       }
     }
     // A branch, not loops of their own: the tile's code then stands once.
-    if (i < tiles.num_masked || (Config::Tiles::kMaskedLeft && i >= tiles.full_end)) hide(tiles.n_block(i));
+    bool masked = i < tiles.num_masked;
+    if constexpr (Config::Tiles::kMaskedLeft) masked |= i >= tiles.full_end;
+    if (masked) hide(i);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       float rescale[2];
@@ -335,7 +355,7 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
       wait_for_copies<Config::kStagesK - 1>();
       __syncthreads();
       if constexpr (Config::kStagesK == 1) {
-        if (more) load_k(i + 1, Config::kBlockN);
+        if (more) load_k(i + 1, rows_from(i + 1));
         commit_copies();
       }
     }

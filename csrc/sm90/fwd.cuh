@@ -375,7 +375,7 @@ __device__ __forceinline__ void consume(const typename Config::Params& params, S
     const auto masked_tile = [&](int i) {
       MaskedTile<kNumAccS> tile;
       if constexpr (Config::Tiles::kListed) {
-        tiles.load_hidden(i, /*direction=*/0, (queries.first_position + rows[0]) % kMaskBlock, lane, tile.hidden);
+        tiles.load_hidden(params.blocks, i, /*direction=*/0, (queries.first_position + rows[0]) % kMaskBlock, lane, tile.hidden);
         return tile;
       }
       const int first_key = tiles.n_block(i) * Config::kBlockN;
