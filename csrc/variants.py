@@ -279,8 +279,8 @@ def _bwd_sm90() -> list[Variant]:
         )
         for dtype in ("bf16", "fp16")
         for (head_dim, head_dim_v), tile in BWD_SM90_TILES.items()
-        for mask in ("full", "causal", "local")
-        for scored in ((False, True) if mask == "local" else (False,))
+        for mask in ("full", "causal", "local", "blocks")
+        for scored in ((False, True) if mask in ("local", "blocks") else (False,))
     ]
 
 

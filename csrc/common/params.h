@@ -101,6 +101,7 @@ struct BwdParams : AttentionParams {
   int key_begin, key_end;  // key positions of each sequence that this launch is about
   int stats_rows;          // of a head, a multiple of kStatsRowAlignment
   int num_ctas;            // grid of a persistent kernel
+  BlockListParams blocks;  // of queries, for each block of keys; of kernels whose mask is lists
   // The kernel's launcher fills these in.
   TmaTensor q_tma, k_tma, v_tma, dout_tma;
   Schedule schedule;

@@ -8,6 +8,7 @@
 #include "common/block_list.cuh"
 #include "host/check.h"
 #include "host/emulator.h"
+#include "host/launch_bwd.h"
 #include "host/launch_fwd.h"
 #include "host/ops.h"
 #include "host/plan.h"
@@ -101,14 +102,23 @@ FwdResults fwd_block_mask(Tensor q, Tensor k, Tensor v, FX_BLOCK_MASK_PARAMETERS
   return launch_fwd(inputs, problem, plan, device, return_max_logit, blocks, memory);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
-                                                                  Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                                  FX_BLOCK_MASK_PARAMETERS, bool deterministic,
-                                                                  int64_t wanted, std::optional<std::string> backend) {
+Gradients bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                         Tensor lse, FX_BLOCK_MASK_PARAMETERS, bool deterministic, int64_t wanted,
+                         std::optional<std::string> backend) {
   const AttentionInputs inputs = dense_inputs(q, k, v, sinks, alibi_slopes, k_bias, softmax_scale, softcap);
-  FwdProblem problem = problem_from_inputs(inputs, std::nullopt);
+  FwdProblem problem = problem_from_inputs(inputs, backend);
   problem.block_mask = true;
-  const FwdPlan plan = plan_bwd(problem, device_info_of(q));
+  problem.deterministic = deterministic;
+  const DeviceInfo& device = device_info_of(q);
+  const FwdPlan plan = plan_bwd(problem, device);
+  if (plan.variant != nullptr) {
+    const Lists columns{column_offsets, column_partial, column_entries};
+    const BlockListParams blocks =
+        block_list_params(columns, bits, problem, problem.seqlen_k(), problem.seqlen_q(), "block_mask.columns");
+    OpMemory memory;
+    add_lists(memory, columns, bits);
+    return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, wanted, blocks, memory);
+  }
   const std::string reason = backend == "reference" ? "" : plan.rejections_as_text();
   std::vector<StableIValue> stack;
   push_all(&stack, dout, dlse, q, k, v, out, lse, FX_BLOCK_MASK_NAMES, deterministic, wanted, reason);

@@ -10,6 +10,7 @@
 #include "common/dq_blocks.cuh"
 #include "host/check.h"
 #include "host/emulator.h"
+#include "host/launch_bwd.h"
 #include "host/launchers.h"
 #include "host/ops.h"
 #include "host/plan.h"
@@ -17,8 +18,6 @@
 
 namespace flash_ext {
 namespace {
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Bits of `wanted`, as in flash_ext/call.py.
 enum Wanted : int64_t { kWantDq = 1, kWantDk = 2, kWantDv = 4, kWantDsinks = 8, kWantDkBias = 16 };
@@ -117,18 +116,12 @@ void fill_unused_rows(const SeqlenParams& seqlens, int batch, std::initializer_l
 
 }  // namespace
 
-Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-              FX_INPUT_PARAMETERS, bool deterministic, int64_t wanted, std::optional<std::string> backend) {
-  const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
-  FwdProblem problem = problem_from_inputs(inputs, backend);
-  problem.deterministic = deterministic;
-  const DeviceInfo& device = device_info_of(q);
-  const FwdPlan plan = plan_bwd(problem, device);
-  if (plan.variant == nullptr) {  // a backend that has a forward alone leaves the gradients to the reference too
-    return reference_bwd(dout, dlse, inputs, out, lse, deterministic, wanted,
-                         backend == "reference" ? "" : plan.rejections_as_text());
-  }
-
+Gradients launch_bwd(const std::optional<Tensor>& dout, const std::optional<Tensor>& dlse, const AttentionInputs& inputs,
+                     const Tensor& out, const Tensor& lse, const FwdProblem& problem, const FwdPlan& plan,
+                     const DeviceInfo& device, int64_t wanted, const BlockListParams& blocks, OpMemory& memory) {
+  const Tensor &q = inputs.q, &k = inputs.k, &v = inputs.v;
+  const std::optional<Tensor>&sinks = inputs.sinks, &k_bias = inputs.k_bias;
+  const bool deterministic = problem.deterministic;
   const bool wants_dq = wanted & kWantDq, wants_dsinks = sinks && wanted & kWantDsinks;
   const bool wants_dk_bias = k_bias && wanted & kWantDkBias;
   const auto gradient_of = [&](const Tensor& tensor, bool is_wanted) {
@@ -160,7 +153,6 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
     std::optional<Tensor> dlse;
   };
   std::vector<Part> parts;
-  OpMemory memory;
   memory.add(q_rows, MemoryRole::kIn, "q");
   memory.add(k_rows, MemoryRole::kIn, "k");
   memory.add(v_rows, MemoryRole::kIn, "v");
@@ -207,14 +199,15 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
   params.key_end = params.seqlens_k.num_rows;
   params.stats_rows = static_cast<int>(stats_rows);
   params.num_ctas = static_cast<int>(plan.grid[0]);
+  params.blocks = blocks;
 
   for (size_t i = 0; i < parts.size(); ++i) {
     const Part& part = parts[i];
     params.dout = part.dout.data_ptr();
     params.dout_strides = row_strides_of(part.dout);
     if (problem.num_parts > 0) {
-      params.key_begin = static_cast<int>(split_boundaries[i]);
-      params.key_end = static_cast<int>(split_boundaries[i + 1]);
+      params.key_begin = static_cast<int>(inputs.split_boundaries[i]);
+      params.key_end = static_cast<int>(inputs.split_boundaries[i + 1]);
     }
     clear(dq_turns, stream);
     launch_preprocess(part.out, part.dout, part.lse, part.dlse, delta, lse_log2, params.seqlens_q, params.batch, stream);
@@ -252,6 +245,21 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
     FX_CUDA_CHECK(find_bwd_sinks(variant->name)(statistics, stream), variant->name);
   }
   return {dq, dk, dv, dsinks, dk_bias};
+}
+
+Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+              FX_INPUT_PARAMETERS, bool deterministic, int64_t wanted, std::optional<std::string> backend) {
+  const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
+  FwdProblem problem = problem_from_inputs(inputs, backend);
+  problem.deterministic = deterministic;
+  const DeviceInfo& device = device_info_of(q);
+  const FwdPlan plan = plan_bwd(problem, device);
+  if (plan.variant == nullptr) {  // a backend that has a forward alone leaves the gradients to the reference too
+    return reference_bwd(dout, dlse, inputs, out, lse, deterministic, wanted,
+                         backend == "reference" ? "" : plan.rejections_as_text());
+  }
+  OpMemory memory;
+  return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, wanted, BlockListParams{}, memory);
 }
 
 std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, std::optional<Tensor> dlse) {

@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     shared.k_ring.wait_full(item_state);
     shared.v_ring.wait_full(item_state);
 
-    for_each_query_tile(params, item.head_kv, tiles, [&](int head, int m_block) {
+    for_each_query_tile<Config>(params, item.head_kv, tiles, [&](int head, int m_block, const auto& visit) {
       if constexpr (Config::kSparesRegisters) {
         asm volatile("" : "+r"(base));  // else every descriptor of the loop is computed before it, and spilled
         set_descriptors();
@@ -203,7 +203,18 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       const uint32_t lse = shared_address(shared.lse_log2[q_state.stage]) + statistics;
       const int distance = m_block * Config::kBlockM + first_query + acc_first_col(lane) + sequence.diagonal - first_key;
       score.exponents(acc_s, lse, distance);
-      if (m_block < tiles.full_begin || m_block >= tiles.full_end) {
+      if constexpr (Config::Tiles::kListed) {
+        if (visit.i < visit.line.num_masked) {
+          const int my_lane = read_lane();
+          const int key = item.n_block * Config::kBlockN + first_key_row + thread / 32 * kRowsPerWarp + acc_row(my_lane, 0);
+          uint32_t hidden[2];
+          visit.line.load_hidden(params.blocks, visit.i, /*direction=*/1, key % kMaskBlock, my_lane, hidden);
+          // A thread has two of eight queries.
+          hidden[0] >>= first_query / 4;
+          hidden[1] >>= first_query / 4;
+          hide_keys(acc_s, hidden);
+        }
+      } else if (m_block < tiles.full_begin || m_block >= tiles.full_end) {
         VisibleQueries visible;
         const int my_lane = read_lane();
         const int first = m_block * Config::kBlockM + first_query + acc_first_col(my_lane);

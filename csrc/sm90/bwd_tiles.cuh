@@ -53,7 +53,7 @@ struct BwdConfig : BwdTile<kHeadDim_, kHeadDimV_> {
   using Element = Element_;
   using Mask = Mask_;
   using Score = typename BackwardOf<Score_>::Type;
-  using Tiles = RangeTiles<Mask>;
+  using Tiles = typename TilesOf<Mask>::Type;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kNumThreads = kBwdThreads;
@@ -127,6 +127,12 @@ struct KeyItem {
   int head_kv;
 };
 
+// The line of a block mask's columns that an item's tile of keys lies in, of each query head: the place of tiles of queries.
+struct ListedColumn {
+  int batch;
+  int block;  // of the mask
+};
+
 // The items of one CTA in order, the same for every role: function(item, tiles of queries). Tiles of keys ascend within
 // a head, which is the order of a deterministic dQ and, for causal masks, begins with the longest.
 template <class Config, class Function>
@@ -142,19 +148,40 @@ __device__ __forceinline__ void for_each_key_item(const BwdParams& params, Funct
     const Sequence sequence = with_keys_between(sequence_of(params.seqlens_q, params.seqlens_k, place.index),
                                                 params.key_begin, params.key_end);
     if (place.block * Config::kBlockN >= sequence.k.num_rows) continue;
-    const auto tiles = Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(
-        typename Config::Mask(params.mask), sequence, place.block);
-    function(KeyItem{sequence, place.index, place.block, work.head}, tiles);
+    const KeyItem item{sequence, place.index, place.block, work.head};
+    if constexpr (Config::Tiles::kListed) {
+      static_assert(kMaskBlock % Config::kBlockN == 0, "a tile of keys lies in one block");
+      function(item, ListedColumn{place.index, place.block * Config::kBlockN / kMaskBlock});
+    } else {
+      function(item, Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(
+                         typename Config::Mask(params.mask), sequence, place.block));
+    }
   }
 }
 
-// The tiles of queries of an item, head by head: function(query head, m_block).
-template <class Tiles, class Function>
+// Where a tile of queries stands in a list: its line, and its place there.
+template <int kBlockM>
+struct ListedVisit {
+  const ListedTiles<kBlockM>& line;
+  int i;
+};
+
+// The tiles of queries of an item, head by head: function(query head, m_block, visit), visit a ListedVisit of lists.
+template <class Config, class Tiles, class Function>
 __device__ __forceinline__ void for_each_query_tile(const BwdParams& params, int head_kv, const Tiles& tiles,
                                                     Function&& function) {
   const int q_heads_per_kv = params.num_heads / params.num_heads_kv;
   for (int head = head_kv * q_heads_per_kv; head < (head_kv + 1) * q_heads_per_kv; ++head) {
-    for (int m_block = tiles.begin; m_block < tiles.end; ++m_block) function(head, m_block);
+    if constexpr (Config::Tiles::kListed) {
+      const auto line = ListedTiles<Config::kBlockM>::of_line(params.blocks, tiles.batch, head, tiles.block);
+      for (int i = 0; i < line.num_tiles; ++i) {
+        const int m_block = line.n_block(i);
+        // The last block of queries may have tiles beyond them.
+        if (m_block * Config::kBlockM < params.seqlens_q.num_rows) function(head, m_block, ListedVisit<Config::kBlockM>{line, i});
+      }
+    } else {
+      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block) function(head, m_block, 0);
+    }
   }
 }
 
