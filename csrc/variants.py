@@ -40,6 +40,7 @@ class Kernel:
 KERNELS = {
     ("fwd", "sm90"): Kernel("fwd", "sm90/fwd.cuh", "FwdParams", "sm90::flash_fwd_sm90", "sm90::launch_fwd"),
     ("fwd", "sm80"): Kernel("fwd", "sm80/fwd.cuh", "FwdParams", "sm80::flash_fwd_sm80", "sm80::launch_fwd"),
+    ("bwd", "sm80"): Kernel("bwd", "sm80/bwd.cuh", "BwdParams", "sm80::flash_bwd_sm80", "sm80::launch_bwd"),
     ("bwd", "sm90"): Kernel("bwd", "sm90/bwd.cuh", "BwdParams", "sm90::flash_bwd_sm90", "sm90::launch_bwd"),
     **{
         ("bwd_preprocess", arch): Kernel(
@@ -284,13 +285,45 @@ def _bwd_sm90() -> list[Variant]:
     ]
 
 
+# And sm80/bwd.cuh (BwdTile), by shared memory as in FWD_SM80_TILES. Beyond head_dim 128, no tile fits 99 KiB well.
+BWD_SM80_TILES = {
+    (64, 64, 163): (128, 128),
+    (64, 64, 99): (64, 128),
+    (128, 128, 163): (64, 128),
+    (128, 128, 99): (64, 64),
+    (256, 256, 163): (64, 64),
+}
+
+
+def _bwd_sm80() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd",
+            arch="sm80",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            mask=mask,
+            block_m=tile[0],
+            block_n=tile[1],
+            config=f"sm80::BwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, flash_ext::{CXX_MASK[mask]}, "
+            f"flash_ext::{CXX_SCORE[scored]}, flash_ext::sm80::SharedLimit::k{smem_kib}>",
+            scored=scored,
+            smem_kib=smem_kib,
+        )
+        for dtype in ("bf16", "fp16")
+        for (head_dim, head_dim_v, smem_kib), tile in BWD_SM80_TILES.items()
+        for mask, scored in (("full", False), ("causal", False), ("local", False), ("local", True))
+    ]
+
+
 def _bwd_postprocess() -> list[Variant]:
     return [
         Variant(
-            op="bwd_postprocess", arch="sm90", dtype=dtype, head_dim=0, head_dim_v=0, mask="", block_m=64, block_n=0,
-            config=f"BwdPostprocessConfig<{CXX_ELEMENT[dtype]}>",
+            op="bwd_postprocess", arch=arch, dtype=dtype, head_dim=0, head_dim_v=0, mask="", block_m=64, block_n=0,
+            config=f"BwdPostprocessConfig<{CXX_ELEMENT[dtype]}, {'true' if arch == 'sm80' else 'false'}>",
         )
-        for dtype in ("bf16", "fp16")
+        for arch, dtype in product(ARCHITECTURES, ("bf16", "fp16"))
     ]  # fmt: skip
 
 
@@ -372,7 +405,7 @@ def _kvcache() -> list[Variant]:
 
 
 VARIANTS: tuple[Variant, ...] = (
-    *_fwd_sm90(), *_fwd_sm80(), *_bwd_sm90(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks(), *_fill_unused(),
+    *_fwd_sm90(), *_fwd_sm80(), *_bwd_sm90(), *_bwd_sm80(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks(), *_fill_unused(),
     *_mask_blocks(), *_kvcache(),
 )  # fmt: skip
 

@@ -14,12 +14,14 @@
 
 namespace flash_ext {
 
-template <class Element_>
+// kScalarOrder: the sums come from a kernel that adds by scalar atomics.
+template <class Element_, bool kScalarOrder_>
 struct BwdPostprocessConfig {
   using Element = Element_;
+  static constexpr bool kScalarOrder = kScalarOrder_;
   static constexpr int kBlockM = kDqBlockRows;  // rows of a CTA
   static constexpr int kNumThreads = 128;
-  static constexpr int kMinBlocksPerSm = 8;
+  static constexpr int kMinBlocksPerSm = kScalarOrder ? 6 : 8;  // 32 loads in flight, or 8 of four floats
 };
 
 template <class Config>
@@ -50,8 +52,12 @@ __device__ __forceinline__ void bwd_postprocess(const BwdPostprocessParams& para
     const float* block = params.dq_blocks + kDqBlockFloats * dq_block_index(head_index, params.stats_rows, row_block,
                                                                             params.column_blocks, column / kDqBlockColumns);
     float acc[kDqAccumulators];
+    if constexpr (Config::kScalarOrder) {
 #pragma unroll
-    for (int quad = 0; quad < kDqAccumulators / 4; ++quad) {
+      for (int i = 0; i < kDqAccumulators; ++i) acc[i] = __ldcs(block + dq_scalar_offset(thread, i)) * params.softmax_scale;
+    }
+#pragma unroll
+    for (int quad = 0; quad < (Config::kScalarOrder ? 0 : kDqAccumulators / 4); ++quad) {
       const float4 x = __ldcs(reinterpret_cast<const float4*>(block + dq_quad_offset(thread, quad)));
       acc[4 * quad] = x.x * params.softmax_scale;
       acc[4 * quad + 1] = x.y * params.softmax_scale;

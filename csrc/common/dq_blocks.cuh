@@ -18,6 +18,9 @@ constexpr int kDqAccumulators = kDqBlockFloats / 128;  // of a thread
 // Within a block, the four accumulators that begin with number 4 * quad of this thread of the warpgroup.
 FX_HOST_DEVICE constexpr int dq_quad_offset(int thread, int quad) { return (quad * 128 + thread) * 4; }
 
+// The order of kernels that add by scalar atomics, which a warp then does by whole lines: accumulator i of this thread.
+FX_HOST_DEVICE constexpr int dq_scalar_offset(int thread, int i) { return i * 128 + thread; }
+
 // First float of a block; head_index counts (batch, num_heads), rows_of_head is a multiple of 64.
 FX_HOST_DEVICE constexpr int64_t dq_block_index(int64_t head_index, int rows_of_head, int row_block, int num_column_blocks,
                                                 int column_block) {

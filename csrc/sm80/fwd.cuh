@@ -18,14 +18,12 @@
 #include "common/swizzle.cuh"
 #include "common/tiles.cuh"
 #include "common/work.cuh"
+#include "sm80/limits.h"
 #include "sm80/primitives.cuh"
+#include "sm80/products.cuh"
 #include "sm80/tile_copy.cuh"
 
 namespace flash_ext::sm80 {
-
-// What a CTA may have: 163 KB on 8.0 (and more on 9.0 and 10.0), 99 KB on 8.6, 8.9 and 12.0.
-enum class SharedLimit { k163, k99 };
-constexpr int bytes_of(SharedLimit limit) { return (limit == SharedLimit::k163 ? 163 : 99) * 1024; }
 
 // Tile sizes. Where tensor cores are fast (k163), matrix loads from shared memory must be shared by 32 rows a warp, else
 // they take as long as the products; O of 32 rows fits the registers up to head_dim 128, beside a plain score. Elsewhere
@@ -105,12 +103,6 @@ struct SharedStorage {
   const uint8_t *k_rows, *v_rows;  // the sequence's first, of this head
 };
 
-// Address of a head's first row in a sequence.
-__device__ __forceinline__ const uint8_t* rows_of(const void* tensor, const RowStrides& strides, const RowRange& rows, int head) {
-  return static_cast<const uint8_t*>(tensor) +
-         2 * (rows.batch * strides.batch + rows.first_row * strides.row + head * strides.head);
-}
-
 // ptxas moves the last additions of the row sums behind the barrier, among the products of P V, where registers are scarcest
 // at head_dim 128. A store that is never executed, since sums are never below zero, keeps them before it.
 template <int kRowTiles>
@@ -131,7 +123,6 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
   constexpr int kRowTiles = Config::kRowTiles;
   constexpr int kNumAccS = Config::kBlockN / 2;
   constexpr int kNumAccO = Config::kHeadDimV / 2;
-  constexpr int kRowTileBytes = kRowsPerWarp * kSlabRowBytes;
   using QueryCopy = TileCopy<Config::kBlockM, Config::kHeadDim, Config::kNumThreads>;
   using KeyCopy = TileCopy<Config::kBlockN, Config::kHeadDim, Config::kNumThreads>;
   using ValueCopy = TileCopy<Config::kBlockN, Config::kHeadDimV, Config::kNumThreads>;
@@ -212,62 +203,28 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
   float acc_s[kRowTiles][kNumAccS], acc_o[kRowTiles][kNumAccO];
   uint32_t p_regs[kRowTiles][kNumAccS / 2];
   OnlineSoftmax softmax[kRowTiles];
+  clear(acc_o);
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-    softmax[r] = OnlineSoftmax(softmax_scale());
-#pragma unroll
-    for (float& x : acc_o[r]) x = 0.f;
-  }
+  for (int r = 0; r < kRowTiles; ++r) softmax[r] = OnlineSoftmax(softmax_scale());
 
   const auto scores = [&](uint32_t k_tile) {
     const int lane = read_lane();
-    const uint32_t q_lane = shared_address(shared.q) + read_warp_row() * kSlabRowBytes + tall_offset(lane);
-    const uint32_t k_lane = k_tile + wide_offset(lane);
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (float& x : acc_s[r]) x = 0.f;
-    }
-    // Slabs one after another: unrolled over all of them, ptxas loads operands far ahead and spills.
-#pragma unroll 1
-    for (int slab = 0; slab < num_slabs(Config::kHeadDim); ++slab) {
-      const uint32_t q_slab = q_lane + slab * Config::kBlockM * kSlabRowBytes;
-      const uint32_t k_slab = k_lane + slab * Config::kBlockN * kSlabRowBytes;
-#pragma unroll
-      for (int step = 0; step < kStepsPerSlab; ++step) {
-        uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) load_matrices(a[r], (q_slab ^ step_bits(step)) + r * kRowTileBytes);
-#pragma unroll
-        for (int pair = 0; pair < Config::kBlockN / 16; ++pair) {
-          uint32_t b[4];
-          load_matrices(b, (k_slab ^ step_bits(step)) + pair * kRowTileBytes);
-#pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-            mma<Element>(&acc_s[r][8 * pair], a[r], b);
-            mma<Element>(&acc_s[r][8 * pair + 4], a[r], b + 2);
-          }
-        }
-      }
-    }
+    const RowsA<Config::kBlockM> queries(shared_address(shared.q), read_warp_row(), 0, lane);
+    const RowsB<Config::kBlockN> keys(k_tile, 0, 0, lane);
+    clear(acc_s);
+    multiply<Element, Config::kHeadDim / 16, Config::kBlockN / 16>(
+        acc_s, [&](auto& registers, int r, int step) { queries.load(registers, r, step); },
+        [&](auto& registers, int step, int pair) { keys.load(registers, pair, step); });
   };
   const auto output = [&](uint32_t v_tile) {
-    const uint32_t v_lane = v_tile + tall_offset(read_lane());
+    const ColumnsB<Config::kBlockN> values(v_tile, 0, 0, read_lane());
+    multiply<Element, Config::kBlockN / 16, Config::kHeadDimV / 16>(
+        acc_o,
+        [&](auto& registers, int r, int step) {
 #pragma unroll
-    for (int step = 0; step < Config::kBlockN / 16; ++step) {
-#pragma unroll
-      for (int pair = 0; pair < Config::kHeadDimV / 16; ++pair) {
-        const int slab = pair / kStepsPerSlab;
-        uint32_t b[4];
-        load_matrices_transposed(
-            b, (v_lane ^ step_bits(pair)) + slab * Config::kBlockN * kSlabRowBytes + step * kRowTileBytes);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          mma<Element>(&acc_o[r][8 * pair], &p_regs[r][4 * step], b);
-          mma<Element>(&acc_o[r][8 * pair + 4], &p_regs[r][4 * step], b + 2);
-        }
-      }
-    }
+          for (int i = 0; i < 4; ++i) registers[i] = p_regs[r][4 * step + i];
+        },
+        [&](auto& registers, int step, int pair) { values.load(registers, step, pair); });
   };
 
   const auto position_of = [&](int row_tile, int half, int lane) {
@@ -294,8 +251,8 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
         const int position = position_of(r, half, lane);
         const int end = mask.visible_end(position, shared.queries.sequence) - first_key;
         hidden[half] = Config::Tiles::kMaskedLeft
-                            ? HiddenBits<kNumAccS>::outside(mask.visible_begin(position, shared.queries.sequence) - first_key, end)
-                            : HiddenBits<kNumAccS>::from(end);
+                           ? HiddenBits<kNumAccS>::outside(mask.visible_begin(position, shared.queries.sequence) - first_key, end)
+                           : HiddenBits<kNumAccS>::from(end);
       }
       hide_keys(acc_s[r], hidden);
     }

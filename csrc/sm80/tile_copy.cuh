@@ -3,10 +3,19 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/seqlens.cuh"
 #include "common/swizzle.cuh"
 #include "sm80/primitives.cuh"
 
 namespace flash_ext::sm80 {
+
+#ifdef __CUDACC__
+// Address of a head's first row in a sequence.
+__device__ __forceinline__ const uint8_t* rows_of(const void* tensor, const RowStrides& strides, const RowRange& rows, int head) {
+  return static_cast<const uint8_t*>(tensor) +
+         2 * (rows.batch * strides.batch + rows.first_row * strides.row + head * strides.head);
+}
+#endif
 
 template <int kRows, int kColumns, int kThreads>
 struct TileCopy {

@@ -45,6 +45,8 @@ def fewest_wavefronts(opcode: str) -> int:
     """Of a request of 32 lanes without bank conflicts: 128 bytes each."""
     if match := re.search(r"matrix\S*\.x([124])", opcode):
         return int(match[1])
+    if opcode.startswith("cp.async.cg"):
+        return 4  # always 16 bytes a lane
     width = int(match[1]) if (match := re.search(r"\.[a-z]+(\d+)$", opcode)) else 32
     vector = int(match[1]) if (match := re.search(r"\.v([248])\.", opcode)) else 1
     return max(1, width * vector // 32)

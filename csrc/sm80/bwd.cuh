@@ -1,0 +1,500 @@
+// Backward for compute capability 8.0 and later without wgmma: dQ, dK and dV from the row statistics of bwd_preprocess.
+// Pipeline, memory and tiles: docs/sm80.md.
+//
+// A CTA owns kBlockN keys of one KV head. K and V stay in shared memory; Q and dO of every query head of the group arrive
+// tile by tile by cp.async. Per tile the eight warps compute S^T = K Q^T and dP^T = V dO^T (rows are keys), P and dS in
+// registers, which then pass through shared memory: dV += P^T dO, dK += dS^T Q in registers, and dQ = dS K, which is added
+// to the float32 sum in memory (dq_blocks.cuh).
+#pragma once
+
+#include <climits>
+#include <type_traits>
+
+#include "common/bwd_scores.cuh"
+#include "common/dq_blocks.cuh"
+#include "common/masks.cuh"
+#include "common/math.cuh"
+#include "common/outputs.cuh"
+#include "common/params.h"
+#include "common/scheduler.cuh"
+#include "common/seqlens.cuh"
+#include "common/swizzle.cuh"
+#include "common/tiles.cuh"
+#include "sm80/limits.h"
+#include "sm80/primitives.cuh"
+#include "sm80/products.cuh"
+#include "sm80/tile_copy.cuh"
+
+namespace flash_ext::sm80 {
+
+constexpr int kBwdWarps = 8;
+
+// Tile sizes. kKeyWarps: groups of warps that share the keys of S, dP, dK and dV; the warps of a group share the queries of
+// S and dP, and the columns of dK and dV. kDqRowWarps: groups that share the queries of dQ. kStages: of Q and dO.
+template <int kHeadDim, SharedLimit kLimit>
+struct BwdTile;
+template <>
+struct BwdTile<64, SharedLimit::k163> {
+  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kKeyWarps = 4, kDqRowWarps = 4;
+};
+template <>
+struct BwdTile<128, SharedLimit::k163> {
+  static constexpr int kBlockM = 64, kBlockN = 128, kStages = 2, kKeyWarps = 4, kDqRowWarps = 2;
+};
+template <>
+struct BwdTile<256, SharedLimit::k163> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kStages = 1, kKeyWarps = 2, kDqRowWarps = 2;
+};
+template <>
+struct BwdTile<64, SharedLimit::k99> {
+  static constexpr int kBlockM = 64, kBlockN = 128, kStages = 2, kKeyWarps = 4, kDqRowWarps = 2;
+};
+template <>
+struct BwdTile<128, SharedLimit::k99> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kStages = 1, kKeyWarps = 2, kDqRowWarps = 2;
+};
+
+// A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: copies fill the other columns with zeros.
+template <class Element_, int kHeadDim_, int kHeadDimV_, class Mask_, class Score_, SharedLimit kLimit_>
+struct BwdConfig : BwdTile<kHeadDim_, kLimit_> {
+  using Tile = BwdTile<kHeadDim_, kLimit_>;
+  using Element = Element_;
+  using Mask = Mask_;
+  using Score = typename BackwardOf<Score_>::Type;
+  using Tiles = RangeTiles<Mask>;
+  static constexpr SharedLimit kLimit = kLimit_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kNumThreads = kBwdWarps * 32;
+  static constexpr int kMinBlocksPerSm = 1;
+  static constexpr int kWarpsPerGroup = kBwdWarps / Tile::kKeyWarps;
+  static constexpr int kWarpKeys = Tile::kBlockN / Tile::kKeyWarps;
+  static constexpr int kWarpQueries = Tile::kBlockM / kWarpsPerGroup;
+  static constexpr int kWarpColumns = kHeadDim / kWarpsPerGroup;    // of dK
+  static constexpr int kWarpColumnsV = kHeadDimV / kWarpsPerGroup;  // of dV
+  static constexpr int kDqColumnWarps = kBwdWarps / Tile::kDqRowWarps;
+  static constexpr int kDqRows = Tile::kBlockM / Tile::kDqRowWarps;
+  static constexpr int kDqColumns = kHeadDim / kDqColumnWarps;
+  static constexpr int kDqColumnBlocks = num_slabs(kHeadDim);
+  // Bytes of a tile with this many rows, in whole slabs.
+  static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kDoutTileBytes = Tile::kBlockM * num_slabs(kHeadDimV) * kSlabRowBytes;
+  static constexpr int kKeyTileBytes = Tile::kBlockN * num_slabs(kHeadDim) * kSlabRowBytes;
+  static constexpr int kValueTileBytes = Tile::kBlockN * num_slabs(kHeadDimV) * kSlabRowBytes;
+  static constexpr int kScoreTileBytes = Tile::kBlockN * num_slabs(Tile::kBlockM) * kSlabRowBytes;
+
+  static_assert(kHeadDim % kSlabColumns == 0 && kHeadDimV % kSlabColumns == 0, "products step through slabs");
+  static_assert(kWarpKeys == 32, "a warp owns two row tiles of keys");
+  static_assert(kWarpQueries % 16 == 0 && kWarpColumns % 16 == 0 && kDqRows % 16 == 0 &&
+                    kDqColumns % 16 == 0,
+                "a warp owns whole tiles of mma.sync");
+  static_assert(kSlabColumns % kWarpColumns == 0 && kSlabColumns % kWarpColumnsV == 0 && kSlabColumns % kDqColumns == 0 &&
+                    kSlabColumns % kWarpQueries == 0,
+                "a warp's columns lie in one slab");
+  static_assert(Tile::kBlockM % kDqBlockRows == 0 && kStatsRowAlignment % Tile::kBlockM == 0,
+                "tiles of queries are blocks of dQ, and never straddle two sequences");
+  static_assert(Tile::kStages * kQueryTileBytes >= kBwdWarps * kStagingBytesPerWarp, "dK and dV leave through Q's stages");
+};
+
+// One tile of keys of one KV head, and the queries that see them.
+struct BwdWork {
+  Sequence sequence;  // with the keys of this launch alone
+  int index;          // of the sequence
+  int n_block;
+  int head_kv;
+  int stats_row;      // of the sequence's first query among the statistics of a head
+  QueryTiles tiles;
+};
+
+template <class Config>
+struct BwdStorage {
+  alignas(kSlabRowBytes) uint8_t k[Config::kKeyTileBytes];
+  alignas(kSlabRowBytes) uint8_t v[Config::kValueTileBytes];
+  alignas(kSlabRowBytes) uint8_t q[Config::kStages][Config::kQueryTileBytes];  // at the end: staging of dK and dV
+  alignas(kSlabRowBytes) uint8_t dout[Config::kStages][Config::kDoutTileBytes];
+  // P^T and dS^T: a row for each key, queries in slabs. At the end, ds holds sums of the bias gradient.
+  alignas(kSlabRowBytes) uint8_t p[Config::kScoreTileBytes];
+  alignas(kSlabRowBytes) uint8_t ds[Config::kScoreTileBytes];
+  alignas(16) float lse_log2[Config::kStages][Config::kBlockM];
+  alignas(16) float delta[Config::kStages][Config::kBlockM];
+  BwdWork work;  // here, since the main loop has no registers for it
+};
+
+__device__ __forceinline__ void reduce_add(float* address, float value) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+
+// Deterministic sums of dQ: a tile of keys waits until those before it have added theirs.
+__device__ __forceinline__ void wait_for_turn(const int* turns, int turn) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
+  } while (now != turn);
+}
+__device__ __forceinline__ void pass_turn(int* turns) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+}
+
+// A warp's packed fragment of 16 keys x (16 * kPairs) queries into its place in P^T or dS^T. `place`: see score_place.
+template <class Element, int kPairs, int kTileRows>
+__device__ __forceinline__ void store_scores(uint32_t place, const float (&acc)[8 * kPairs]) {
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int i = staging_source(pair, r);
+      const uint32_t address = (place ^ (step_bits(pair) + (r >> 1) * 16)) + pair / kStepsPerSlab * kTileRows * kSlabRowBytes +
+                               (r & 1) * 8 * kSlabRowBytes;
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pack_pair<Element>(acc[i], acc[i + 1])) : "memory");
+    }
+  }
+}
+template <int kTileRows>
+__device__ __forceinline__ uint32_t score_place(uint32_t tile, int first_key, int first_query, int lane) {
+  return (tile + first_query / kSlabColumns * kTileRows * kSlabRowBytes + first_key * kSlabRowBytes +
+          swizzle_128b(lane / 4 * kSlabRowBytes) + lane % 4 * 4) ^
+         (first_query % kSlabColumns * 2);
+}
+
+template <class Config>
+__device__ __forceinline__ bool find_bwd_work(const BwdParams& params, BwdWork* work) {
+  const WorkItem item = params.schedule.item(blockIdx.x);
+  // Tiles of keys ascend within a head: the order of a deterministic dQ, and with causal masks the longest come first.
+  SequenceBlock place{item.batch, params.schedule.num_m_blocks - 1 - item.m_block};
+  if (params.seqlens_k.cu_seqlens != nullptr) {
+    place = block_at_slot(params.seqlens_k, params.batch, Config::kBlockN, place.block);
+  }
+  const Sequence sequence = with_keys_between(sequence_of(params.seqlens_q, params.seqlens_k, place.index), params.key_begin,
+                                              params.key_end);
+  if (place.block * Config::kBlockN >= sequence.k.num_rows) return false;
+  const int stats_row = params.seqlens_q.cu_seqlens == nullptr
+                            ? 0
+                            : first_slot(params.seqlens_q, place.index, kStatsRowAlignment) * kStatsRowAlignment;
+  *work = {sequence, place.index, place.block, item.head, stats_row,
+           Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(typename Config::Mask(params.mask), sequence,
+                                                                                 place.block)};
+  return true;
+}
+
+template <class Config>
+__device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
+  using Element = typename Config::Element;
+  using Score = typename Config::Score;
+  constexpr int kRowTiles = Config::kWarpKeys / 16;
+  constexpr int kPairsS = Config::kWarpQueries / 16;
+  constexpr int kDqRowTiles = Config::kDqRows / 16;
+  constexpr int kDqPairs = Config::kDqColumns / 16;
+  using QueryCopy = TileCopy<Config::kBlockM, Config::kHeadDim, Config::kNumThreads>;
+  using DoutCopy = TileCopy<Config::kBlockM, Config::kHeadDimV, Config::kNumThreads>;
+  using KeyCopy = TileCopy<Config::kBlockN, Config::kHeadDim, Config::kNumThreads>;
+  using ValueCopy = TileCopy<Config::kBlockN, Config::kHeadDimV, Config::kNumThreads>;
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  BwdStorage<Config>& shared = *reinterpret_cast<BwdStorage<Config>*>(shared_bytes);
+
+  {
+    BwdWork found;
+    if (!find_bwd_work<Config>(params, &found)) return;
+    if (read_thread() == 0) shared.work = found;
+  }
+  __syncthreads();
+  const BwdWork& work = shared.work;
+  const Sequence& sequence = work.sequence;
+  const int warp = read_thread() / 32;
+  const int warp_key = warp / Config::kWarpsPerGroup * Config::kWarpKeys;     // in the tile
+  const int warp_query = warp % Config::kWarpsPerGroup * Config::kWarpQueries;  // in the tile of queries, for S and dP
+  const typename Config::Mask mask(params.mask);
+
+  // The statistics of queries m_block of a head, and its sums of dQ, stand at these rows.
+  const auto statistics_of = [&](int head, int m_block) {
+    return (int64_t(sequence.q.batch) * params.num_heads + head) * params.stats_rows + work.stats_row +
+           m_block * Config::kBlockM;
+  };
+  const auto load_queries = [&](int head, int m_block, int stage) {
+    const int first = m_block * Config::kBlockM;
+    QueryCopy::copy(shared_address(shared.q[stage]), sequence.q.num_rows - first, params.head_dim,
+                    rows_of(params.q, params.q_strides, sequence.q, head) + int64_t{2} * first * params.q_strides.row,
+                    2 * params.q_strides.row);
+    DoutCopy::copy(shared_address(shared.dout[stage]), sequence.q.num_rows - first, params.head_dim_v,
+                   rows_of(params.dout, params.dout_strides, sequence.q, head) + int64_t{2} * first * params.dout_strides.row,
+                   2 * params.dout_strides.row);
+    const int thread = read_thread();
+    constexpr int kCopies = Config::kBlockM / 4;
+    const int64_t row = statistics_of(head, m_block) + thread % kCopies * 4;
+    if (thread < kCopies) {
+      copy_16_bytes(shared_address(&shared.lse_log2[stage][4 * thread]), params.lse_log2 + row, true);
+    } else if (thread < 2 * kCopies) {
+      copy_16_bytes(shared_address(&shared.delta[stage][4 * (thread - kCopies)]), params.delta + row, true);
+    }
+  };
+
+  float acc_dk[kRowTiles][Config::kWarpColumns / 2], acc_dv[kRowTiles][Config::kWarpColumnsV / 2];
+  clear(acc_dk);
+  clear(acc_dv);
+  static_assert(kRowTiles == 2);
+  Score score[kRowTiles] = {Score(params.score), Score(params.score)};
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    score[r].begin_item(params.score, sequence.k, work.index, work.head_kv,
+                        work.n_block * Config::kBlockN + warp_key + 16 * r + acc_row(read_lane(), 0));
+  }
+
+  // One tile of queries, which lies in `stage`.
+  const auto step = [&](int head, int m_block, int stage) {
+    const int first_query = m_block * Config::kBlockM;  // position
+    float acc_s[kRowTiles][8 * kPairsS], acc_dp[kRowTiles][8 * kPairsS];
+    clear(acc_s);
+    clear(acc_dp);
+    {
+      const int lane = read_lane();
+      const RowsA<Config::kBlockN> keys(shared_address(shared.k), warp_key, 0, lane);
+      const RowsB<Config::kBlockM> queries(shared_address(shared.q[stage]), warp_query, 0, lane);
+      multiply<Element, Config::kHeadDim / 16, kPairsS>(
+          acc_s, [&](auto& registers, int r, int step) { keys.load(registers, r, step); },
+          [&](auto& registers, int step, int pair) { queries.load(registers, pair, step); });
+      const RowsA<Config::kBlockN> values(shared_address(shared.v), warp_key, 0, lane);
+      const RowsB<Config::kBlockM> douts(shared_address(shared.dout[stage]), warp_query, 0, lane);
+      multiply<Element, Config::kHeadDimV / 16, kPairsS>(
+          acc_dp, [&](auto& registers, int r, int step) { values.load(registers, r, step); },
+          [&](auto& registers, int step, int pair) { douts.load(registers, pair, step); });
+    }
+
+    // P^T = exp2(exponents), a column for each query.
+    const int lane = read_lane();
+    const int first_column = warp_query + acc_first_col(lane);  // of the thread, in the tile
+    const uint32_t lse = shared_address(&shared.lse_log2[stage][first_column]);
+    const uint32_t delta = shared_address(&shared.delta[stage][first_column]);
+    const bool masked = m_block < work.tiles.full_begin || m_block >= work.tiles.full_end;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int key = work.n_block * Config::kBlockN + warp_key + 16 * r + acc_row(lane, 0);  // of the thread's upper row
+      const int distance = first_query + first_column + sequence.diagonal - key;
+      score[r].begin_head(params.score, work.index, head);
+      score[r].exponents(acc_s[r], lse, distance);
+      if (masked) {
+        typename HiddenBits<8 * kPairsS>::Word hidden[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int my_key = key + 8 * half, first = first_query + first_column;
+          const bool exists = my_key < sequence.k.num_rows;
+          const int end = exists ? mask.rows_end(my_key, sequence) - first : 0;
+          hidden[half] = HiddenBits<8 * kPairsS>::outside(mask.rows_begin(my_key, sequence) - first, end);
+        }
+        hide_keys(acc_s[r], hidden);
+      }
+#pragma unroll
+      for (float& x : acc_s[r]) x = fast_exp2(x);
+      store_scores<Element, kPairsS, Config::kBlockN>(
+          score_place<Config::kBlockN>(shared_address(shared.p), warp_key + 16 * r, warp_query, lane), acc_s[r]);
+
+      // dS^T = P^T (dP^T - delta), neighbouring queries pair by pair.
+      const auto differentiate = [&](auto& of_row, auto softcap) {
+#pragma unroll
+        for (int i = 0; i < 8 * kPairsS; i += 4) {
+          const float2 delta_pair = load_shared_pair(delta + acc_col_offset(i) * 4);
+          float2 lse_pair{};
+          if constexpr (softcap) lse_pair = load_shared_pair(lse + acc_col_offset(i) * 4);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int j = i + 2 * half;
+            const float2 p{acc_s[r][j], acc_s[r][j + 1]};
+            float2 ds{p.x * (acc_dp[r][j] - delta_pair.x), p.y * (acc_dp[r][j + 1] - delta_pair.y)};
+            if constexpr (Score::kModifies) of_row.bias_sum[half] += ds.x + ds.y;
+            if constexpr (softcap) {
+              const float from = static_cast<float>(distance) + float(acc_col_offset(i) - 8 * half);
+              ds.x *= of_row.softcap_factor(p.x, lse_pair.x, half, from);
+              ds.y *= of_row.softcap_factor(p.y, lse_pair.y, half, from + 1.f);
+            }
+            acc_s[r][j] = ds.x;
+            acc_s[r][j + 1] = ds.y;
+          }
+        }
+      };
+      if constexpr (Score::kModifies) {
+        if (score[r].numbers.has_softcap()) {
+          differentiate(score[r], std::true_type{});
+        } else {
+          differentiate(score[r], std::false_type{});
+        }
+      } else {
+        differentiate(score[r], std::false_type{});
+      }
+      store_scores<Element, kPairsS, Config::kBlockN>(
+          score_place<Config::kBlockN>(shared_address(shared.ds), warp_key + 16 * r, warp_query, lane), acc_s[r]);
+    }
+    __syncthreads();
+
+    {
+      const int column = warp % Config::kWarpsPerGroup * Config::kWarpColumnsV;
+      const RowsA<Config::kBlockN> weights(shared_address(shared.p), warp_key, 0, lane);
+      const ColumnsB<Config::kBlockM> douts(shared_address(shared.dout[stage]), 0, column, lane);
+      multiply<Element, Config::kBlockM / 16, Config::kWarpColumnsV / 16>(
+          acc_dv, [&](auto& registers, int r, int step) { weights.load(registers, r, step); },
+          [&](auto& registers, int step, int pair) { douts.load(registers, step, pair); });
+    }
+    {
+      const int column = warp % Config::kWarpsPerGroup * Config::kWarpColumns;
+      const RowsA<Config::kBlockN> gradients(shared_address(shared.ds), warp_key, 0, lane);
+      const ColumnsB<Config::kBlockM> queries(shared_address(shared.q[stage]), 0, column, lane);
+      multiply<Element, Config::kBlockM / 16, Config::kWarpColumns / 16>(
+          acc_dk, [&](auto& registers, int r, int step) { gradients.load(registers, r, step); },
+          [&](auto& registers, int step, int pair) { queries.load(registers, step, pair); });
+    }
+  };
+
+  // dQ of the tile whose dS^T lies in shared memory: added to the sum in memory.
+  const auto add_dq = [&](int head, int m_block) {
+    if (params.dq_blocks == nullptr) return;
+    const int lane = read_lane();
+    const int row = warp / Config::kDqColumnWarps * Config::kDqRows;
+    const int column = warp % Config::kDqColumnWarps * Config::kDqColumns;
+    float acc_dq[kDqRowTiles][8 * kDqPairs];
+    clear(acc_dq);
+    const ColumnsA<Config::kBlockN> gradients(shared_address(shared.ds), 0, row, lane);
+    const ColumnsB<Config::kBlockN> keys(shared_address(shared.k), 0, column, lane);
+    multiply<Element, Config::kBlockN / 16, kDqPairs>(
+        acc_dq, [&](auto& registers, int r, int step) { gradients.load(registers, step, r); },
+        [&](auto& registers, int step, int pair) { keys.load(registers, step, pair); });
+
+    // 64 rows of a head are a row of blocks. The turns of the first block serve all of them.
+    const int64_t row_block = (statistics_of(head, m_block) + row) / kDqBlockRows;
+    float* block = params.dq_blocks +
+                   (row_block * Config::kDqColumnBlocks + column / kDqBlockColumns) * kDqBlockFloats +
+                   dq_scalar_offset(row % kDqBlockRows / 16 * 32 + lane, column % kDqBlockColumns / 2);
+    int* turns = nullptr;
+    if (params.dq_turns != nullptr) {
+      turns = params.dq_turns + statistics_of(head, m_block) / kDqBlockRows * Config::kDqColumnBlocks;
+      // How many tiles of keys add to this tile of queries before this one.
+      const int first_query = m_block * Config::kBlockM;
+      const KeyTiles before = Config::Tiles::template key_tiles<Config::kBlockN>(
+          mask, sequence, first_query, min_of(first_query + Config::kBlockM, sequence.q.num_rows) - 1);
+      if (read_thread() == 0) wait_for_turn(turns, work.n_block - (before.end - before.num_tiles));
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < kDqRowTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < 8 * kDqPairs; ++i) reduce_add(block + dq_scalar_offset(32 * r, i), acc_dq[r][i]);
+    }
+    if (turns != nullptr) {
+      __threadfence();
+      __syncthreads();
+      if (read_thread() == 0) pass_turn(turns);
+    }
+  };
+
+  const int group = params.num_heads / params.num_heads_kv;
+  const int num_steps = group * (work.tiles.end - work.tiles.begin);
+  if (num_steps > 0) {
+    const int first_key = work.n_block * Config::kBlockN;
+    const int rows_left = sequence.k.num_rows - first_key;
+    KeyCopy::copy(shared_address(shared.k), rows_left, params.head_dim,
+                  rows_of(params.k, params.k_strides, sequence.k, work.head_kv) + int64_t{2} * first_key * params.k_strides.row,
+                  2 * params.k_strides.row);
+    ValueCopy::copy(shared_address(shared.v), rows_left, params.head_dim_v,
+                    rows_of(params.v, params.v_strides, sequence.k, work.head_kv) + int64_t{2} * first_key * params.v_strides.row,
+                    2 * params.v_strides.row);
+    int head = work.head_kv * group, m_block = work.tiles.begin;
+    load_queries(head, m_block, 0);
+    commit_copies();
+#pragma unroll 1
+    for (int i = 0; i < num_steps; ++i) {
+      const bool new_head = m_block + 1 == work.tiles.end;
+      const int next_head = head + new_head, next_block = new_head ? work.tiles.begin : m_block + 1;
+      const int stage = i % Config::kStages;
+      wait_for_copies<0>();
+      __syncthreads();
+      if constexpr (Config::kStages == 2) {
+        if (i + 1 < num_steps) load_queries(next_head, next_block, stage ^ 1);
+        commit_copies();
+      }
+      step(head, m_block, stage);
+      if constexpr (Config::kStages == 1) {
+        __syncthreads();  // every warp has read Q and dO
+        if (i + 1 < num_steps) load_queries(next_head, next_block, 0);
+        commit_copies();
+      }
+      add_dq(head, m_block);
+      head = next_head;
+      m_block = next_block;
+    }
+  }
+  __syncthreads();  // every warp has read Q, which becomes the staging
+
+  const int lane = read_lane();
+  const int first_key = work.n_block * Config::kBlockN;
+  const uint32_t staging = shared_address(shared.q) + warp * kStagingBytesPerWarp;
+  const auto store = [&](const auto& acc, void* gradient, const RowStrides& strides, int num_columns, int first_column) {
+    if (gradient == nullptr) return;
+    Element* first = static_cast<Element*>(gradient) + sequence.k.batch * strides.batch +
+                     sequence.k.first_row * strides.row + work.head_kv * strides.head + first_column;
+    constexpr int kColumns = 2 * std::extent_v<std::remove_reference_t<decltype(acc[0])>>;
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int row_of_tile = first_key + warp_key + 16 * r;
+      store_warp_rows<Element>(acc[r], staging, lane, min_of(num_columns - first_column, kColumns),
+                               [&](int row_of_warp) -> Element* {
+                                 const int row = row_of_tile + row_of_warp;
+                                 return row < sequence.k.num_rows ? first + row * strides.row : nullptr;
+                               });
+    }
+  };
+  store(acc_dv, params.dv, params.dv_strides, params.head_dim_v, warp % Config::kWarpsPerGroup * Config::kWarpColumnsV);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (float& x : acc_dk[r]) x *= params.score.softmax_scale;
+  }
+  store(acc_dk, params.dk, params.dk_strides, params.head_dim, warp % Config::kWarpsPerGroup * Config::kWarpColumns);
+
+  if constexpr (Score::kModifies) {
+    if (params.dk_bias == nullptr) return;
+    // The four threads of a row, then the warps that share the keys.
+    float* sums = reinterpret_cast<float*>(shared.ds);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = score[r].bias_sum[half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int key = warp_key + 16 * r + acc_row(lane, half);
+        if (lane % 4 == 0) sums[warp % Config::kWarpsPerGroup * Config::kBlockN + key] = sum;
+      }
+    }
+    __syncthreads();
+    const int thread = read_thread();
+    if (thread >= Config::kBlockN || first_key + thread >= sequence.k.num_rows) return;
+    float sum = 0.f;
+#pragma unroll
+    for (int part = 0; part < Config::kWarpsPerGroup; ++part) sum += sums[part * Config::kBlockN + thread];
+    const RowStrides& strides = params.dk_bias_strides;
+    params.dk_bias[sequence.k.batch * strides.batch + work.head_kv * strides.head + sequence.k.first_row + first_key + thread] = sum;
+  }
+}
+
+// kernel: the variant's entry, an instance of flash_bwd_sm80<Config>. Sizes, dtype and alignment have been checked.
+template <class Config, class Kernel>
+cudaError_t launch_bwd(Kernel* kernel, BwdParams params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(BwdStorage<Config>);
+  static_assert(kSharedBytes <= bytes_of(Config::kLimit), "the tile does not fit the devices that it is made for");
+
+  const bool packed = params.seqlens_k.cu_seqlens != nullptr;
+  const int num_n_blocks = packed ? num_slots(params.seqlens_k.num_rows, params.batch, Config::kBlockN)
+                                  : ceil_div(params.seqlens_k.num_rows, Config::kBlockN);
+  const int grid_batch = packed ? 1 : params.batch;
+  const int64_t num_items = int64_t(num_n_blocks) * params.num_heads_kv * grid_batch;
+  if (num_items == 0) return cudaSuccess;
+  if (num_items > INT_MAX) return cudaErrorInvalidConfiguration;
+  // What the tiles of keys of one head read again and again: Q and dO of its query heads, and their sums of dQ.
+  const int64_t bytes_per_row = (params.head_dim + params.head_dim_v) * 2 + params.head_dim * 4;
+  const int64_t bytes = int64_t(params.seqlens_q.num_rows) * bytes_per_row * (params.num_heads / params.num_heads_kv);
+  params.schedule = make_schedule(num_n_blocks, grid_batch, params.num_heads_kv, params.num_heads_kv, bytes);
+
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(num_items)),
+                          dim3(Config::kNumThreads), arguments, kSharedBytes, stream);
+}
+
+}  // namespace flash_ext::sm80
