@@ -247,9 +247,9 @@ def _fwd_sm80() -> list[Variant]:
         for (head_dim, head_dim_v, smem_kib), tile in FWD_SM80_TILES.items()
         for mask, scored in (
             ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
-        )  # fmt: skip
+        )
         if not (scored and smem_kib == 163 and head_dim <= 128)
-    ]
+    ]  # fmt: skip
 
 
 # The same for the backward: sm90/bwd_tiles.cuh (BwdTile).
@@ -261,6 +261,10 @@ BWD_SM90_TILES = {
     (192, 192): (64, 64),
     (256, 256): (64, 64),
 }
+
+
+# Rows with lists of blocks, by (head_dim, scored): the others would spill registers.
+BWD_SM90_LISTED = {(64, False), (64, True), (96, False), (128, False)}
 
 
 def _bwd_sm90() -> list[Variant]:
@@ -280,9 +284,11 @@ def _bwd_sm90() -> list[Variant]:
         )
         for dtype in ("bf16", "fp16")
         for (head_dim, head_dim_v), tile in BWD_SM90_TILES.items()
-        for mask in ("full", "causal", "local", "blocks")
-        for scored in ((False, True) if mask in ("local", "blocks") else (False,))
-    ]
+        for mask, scored in (
+            ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
+        )
+        if mask != "blocks" or (head_dim, scored) in BWD_SM90_LISTED
+    ]  # fmt: skip
 
 
 # And sm80/bwd.cuh (BwdTile), by shared memory as in FWD_SM80_TILES. Beyond head_dim 128, no tile fits 99 KiB well.

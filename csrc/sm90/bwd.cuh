@@ -135,10 +135,7 @@ __device__ __forceinline__ void flash_bwd_sm90(const BwdParams& params) {
     shared.v_ring.init(1, kBwdConsumers * 4);
     shared.q_ring.init(1, kBwdConsumers * 4);
     shared.dout_ring.init(1, kBwdConsumers * 4);
-    for (auto& ring : shared.dq_ring) {
-      mbarrier_init(&ring.full[0], 4);
-      mbarrier_init(&ring.empty[0], 1);
-    }
+    for (auto& ring : shared.dq_ring) ring.init(4, 1);
     fence_mbarrier_init();
   }
   __syncthreads();
