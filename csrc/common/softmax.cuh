@@ -19,7 +19,8 @@ struct OnlineSoftmax {
   // The maxima start finite, and so do their products with the scale: scores of -inf, hidden or not, get the weight
   // exp2(-inf - finite) = 0 with no guard in any loop.
   __device__ __forceinline__ explicit OnlineSoftmax(float scale) {
-    const float lowest = scale > 1.f ? -0.5f * FLT_MAX * fast_reciprocal(scale) : -0.5f * FLT_MAX;
+    constexpr float kShrink = 0x1p-64f;  // keeps the reciprocal of the largest scale from being flushed to 0
+    const float lowest = -0.5f * FLT_MAX * (scale > 1.f ? kShrink * fast_reciprocal(scale * kShrink) : 1.f);
     row_max[0] = row_max[1] = lowest;
     scaled_max[0] = scaled_max[1] = lowest * scale;
   }
