@@ -15,12 +15,15 @@ constexpr int kRowTileBytes = 16 * kSlabRowBytes;
 //   columns A (or B), rows the contraction: ColumnsA, ColumnsB, transposed by the load.
 // first_row: a multiple of 16. first_column: a multiple of 16, and of the number of columns that the warp takes where that is
 // less than a slab; so its bits never carry into those of the steps.
-template <int kTileRows, bool kWide, bool kTransposed>
+enum class PieceLanes { kTall, kWide };          // which way a lane's number runs through the four 8 x 8 matrices first
+enum class PieceLoad { kStraight, kTransposed };  // by ldmatrix
+
+template <int kTileRows, PieceLanes kLanes, PieceLoad kLoad>
 struct TilePieces {
   uint32_t lane_address;
 
   __device__ __forceinline__ TilePieces(uint32_t tile, int first_row, int first_column, int lane) {
-    const uint32_t offset = kWide ? wide_offset(lane) : tall_offset(lane);
+    const uint32_t offset = kLanes == PieceLanes::kWide ? wide_offset(lane) : tall_offset(lane);
     lane_address = (tile + first_row * kSlabRowBytes + first_column / kSlabColumns * kTileRows * kSlabRowBytes + offset) ^
                    (first_column % kSlabColumns * 2);
   }
@@ -29,7 +32,7 @@ struct TilePieces {
     // In this order few addresses are worth a register: ptxas would keep (lane_address ^ bits) of every step.
     const uint32_t address = ((lane_address + column / kStepsPerSlab * kTileRows * kSlabRowBytes) ^ step_bits(column)) +
                              row * kRowTileBytes;
-    if constexpr (kTransposed) {
+    if constexpr (kLoad == PieceLoad::kTransposed) {
       load_matrices_transposed(registers, address);
     } else {
       load_matrices(registers, address);
@@ -37,13 +40,13 @@ struct TilePieces {
   }
 };
 template <int kTileRows>
-using RowsA = TilePieces<kTileRows, false, false>;
+using RowsA = TilePieces<kTileRows, PieceLanes::kTall, PieceLoad::kStraight>;
 template <int kTileRows>
-using RowsB = TilePieces<kTileRows, true, false>;
+using RowsB = TilePieces<kTileRows, PieceLanes::kWide, PieceLoad::kStraight>;
 template <int kTileRows>
-using ColumnsA = TilePieces<kTileRows, true, true>;
+using ColumnsA = TilePieces<kTileRows, PieceLanes::kWide, PieceLoad::kTransposed>;
 template <int kTileRows>
-using ColumnsB = TilePieces<kTileRows, false, true>;
+using ColumnsB = TilePieces<kTileRows, PieceLanes::kTall, PieceLoad::kTransposed>;
 
 // acc[r] += A B for kRowTiles row tiles and kPairs times 16 columns, over kSteps times 16 of the contraction.
 // load_a(registers, row tile, step), load_b(registers, step, pair).

@@ -45,6 +45,19 @@ std::vector<std::vector<bool>> visible_pairs(const Mask& mask, const Sequence& s
   return pairs;
 }
 
+// A part of the keys shows of each row what the whole shows of it there.
+void check_part(const Sequence& whole, int begin, int end) {
+  const Sequence part = with_keys_between(whole, begin, end);
+  const auto of_whole = visible_pairs(LocalMask({3, 2}), whole), of_part = visible_pairs(LocalMask({3, 2}), part);
+  const int first = part.k.first_row - whole.k.first_row;
+  EXPECT(part.k.num_rows == max_of(0, min_of(end, whole.k.num_rows) - clamp(begin, 0, whole.k.num_rows)), "%d to %d", begin, end);
+  for (int row = 0; row < whole.q.num_rows; ++row) {
+    for (int key = 0; key < part.k.num_rows; ++key) {
+      EXPECT(of_part[row][key] == of_whole[row][first + key], "keys %d to %d: (%d, %d)", begin, end, row, key);
+    }
+  }
+}
+
 // How many pairs of a tile are visible, rows and keys beyond the sequence left out.
 struct Count {
   int visible = 0;
@@ -128,6 +141,7 @@ void check_all_tiles() {
   for (int seqlen_q : lengths) {
     for (int seqlen_k : lengths) {
       const Sequence whole{{0, seqlen_q, 0}, {0, seqlen_k, 0}, seqlen_k - seqlen_q};
+      check_part(whole, seqlen_k / 3, seqlen_k - 5);
       for (const Sequence& sequence : {whole, with_keys_between(whole, seqlen_k / 3, seqlen_k - 5)}) {
         check_tile_sizes<FullMask>(kAnyWindow, sequence);
         check_tile_sizes<CausalMask>(kAnyWindow, sequence);
