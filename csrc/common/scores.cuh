@@ -60,11 +60,7 @@ __device__ __forceinline__ float accurate_tanh(float x) {
 __device__ __forceinline__ float precise_tanh(float x) {
   const float square = x * x;
   const float near_zero = fmaf(x, square * fmaf(square, 2.f / 15.f, -1.f / 3.f), x);
-  float chosen;  // a selection; the compiler would branch for every element
-  asm("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f3DCCCCCD;\nselp.f32 %0, %2, %3, p;\n}"
-      : "=f"(chosen)
-      : "f"(fabsf(x)), "f"(near_zero), "f"(accurate_tanh(x)));
-  return chosen;
+  return fabsf(x) < 0.1f ? near_zero : accurate_tanh(x);
 }
 
 // The modifications of one element, in the order of their use; scores in log2 units. What forward and backward share.

@@ -81,7 +81,7 @@ BEYOND_CAUSAL = tuple(
         Case("hidden_tiles", 600, 200, window_size=(50, 20), **fields),
         Case("wrap", 430, 700, window_size=(300, 90), alibi="batch", k_bias="hidden", **fields),
         Case("wrap", 430, 700, window_size=(300, 90), softcap=4.0, softmax_scale=-0.2, **fields),
-        Case("wrap", 430, 700, window_size=(300, 90), softcap=2000.0, **fields),
+        Case("wrap", 430, 700, window_size=(300, 90), softcap=520.0, softmax_scale=3.0, **fields),
         Case("wrap", 430, 500, causal=True, k_bias="normal", softmax_scale=0.0, sinks=True, **fields),
         Case("hidden_tiles", 600, 200, window_size=(50, 20), k_bias="hidden", sinks=True, **fields),
     )
