@@ -66,7 +66,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
          double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
          const std::string& backend, int64_t num_sequences, int64_t num_parts, bool sinks, bool alibi, bool k_bias,
-         bool block_mask) {
+         bool block_mask, bool deterministic) {
         const FwdProblem problem{.dtype = dtype_from_name(dtype),
                                  .q = layout_from_python(q),
                                  .k = layout_from_python(k),
@@ -78,6 +78,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
                                  .window_right = causal ? 0 : window_right,
                                  .softmax_scale = softmax_scale,
                                  .softcap = softcap,
+                                 .deterministic = deterministic,
                                  .sinks = sinks,
                                  .alibi = alibi,
                                  .k_bias = k_bias,
@@ -88,7 +89,8 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       doc, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"),
       py::arg("softmax_scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
       py::arg("backend"), py::arg("num_sequences") = -1, py::arg("num_parts") = 0, py::arg("sinks") = false,
-      py::arg("alibi") = false, py::arg("k_bias") = false, py::arg("block_mask") = false);
+      py::arg("alibi") = false, py::arg("k_bias") = false, py::arg("block_mask") = false,
+      py::arg("deterministic") = false);
 }
 
 PYBIND11_MODULE(_host, m) {

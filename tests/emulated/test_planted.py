@@ -21,7 +21,7 @@ sys.path.append(str(EMULATOR))
 import planted  # noqa: E402
 
 ROWS = ("d64_causal", "d64_full", "d128_causal", "d128_full", "d128_local_scored", "d192_causal", "d256_full")
-KERNELS = [f"fwd_sm90_bf16_{row}" for row in ROWS]
+KERNELS = [*(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal"]
 results: dict[str, list[planted.Result]] = {}
 
 pytestmark = pytest.mark.skipif(env.EMULATE != "sm90", reason="plants bugs in the Hopper kernels")
@@ -32,7 +32,7 @@ def test_planted_bugs_are_caught(kernel: str, tmp_path: Path, capsys: pytest.Cap
     # A process of its own: edited kernels, and a number of SMs that nobody has asked for before.
     report = tmp_path / "planted.json"
     command = [sys.executable, EMULATOR / "planted.py", kernel, "--json", report]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert report.is_file(), process.stdout + process.stderr
     found = results[kernel] = [planted.Result(**entry) for entry in json.loads(report.read_text())]
     with capsys.disabled():

@@ -113,6 +113,52 @@ SURVIVORS = (
         "it; where an item starts with stage 1, the wait for the only stage of Q implies all K of the item before",
         "d96_full d128_full d192 d256",
     ),
+    Survivor("mask_edge", "return clamp(row + 1 + s.diagonal, 0, s.k.num_rows);", "the larger of two equal numbers", "bwd"),
+    Survivor(
+        "weaken_atomic drop_fence",
+        "wait_for_turn(",
+        "reductions are issued in program order here; formally the acquire and the proxy fence put them after the turn",
+        "bwd",
+    ),
+    Survivor("weaken_atomic drop_fence", "pass_turn(", "the same, on the side that passes the turn on", "bwd"),
+    Survivor("drop_wgmma_fence", "issue_dp();", "no instruction touches registers between the products of S and of dP", "bwd"),
+    Survivor("drop_wgmma_fence", "issue_dq(warpgroup);", "the fence of dV comes before, and dQ begins a sum of its own", "bwd"),
+    Survivor(
+        "drop_wgmma_fence",
+        "wgmma_fence();",
+        "the fence of dQ comes just before: no instruction touches dK or dS between the two",
+        "bwd",
+        after="kQuery + q_state.stage * kQueryStage;",
+    ),
+    Survivor("drop_commit", "issue_dv();", "dV then belongs to the group of dQ, which is waited for at the same place", "bwd"),
+    Survivor("drop_warp_sync", "hand_over_dq();", "the emulator runs the lanes' proxy fences together", "bwd"),
+    Survivor(
+        "drop_barrier",
+        "BwdBarrier::kValuesUsed0) + warpgroup",
+        "the checks let a warp's wait for its wgmma order it after the reads of V by all four warps of the warpgroup",
+        "bwd",
+    ),
+    Survivor("drop_warp_sync", "store(acc_dk, params.dk,", "the __syncwarp behind the proxy fence orders the same reads", "bwd"),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "the emulator runs the lanes' proxy fences together; formally they need it before lane 0 releases V",
+        "bwd",
+        after="the staged rows before the next tile of V",
+    ),
+    Survivor(
+        "skip_wait",
+        "shared.dout_ring.begin_fill",
+        "Q and dO have as many stages and are released together: the wait for Q's stage implies that for dO's",
+        "bwd",
+    ),
+    Survivor(
+        "weaken_copy_wait",
+        "bulk_wait();",
+        "at a CTA's end: the source has been read, and the sums are complete when the grid is",
+        "bwd",
+        after="});",
+    ),
 )
 
 
@@ -143,30 +189,82 @@ def options_of(mask: str, scored: bool, heads: int, bias_shape: tuple[int, ...])
     return options
 
 
+# The same for the backward, deterministic: rings of Q and dO that wrap within an item and between items, for one and two
+# query heads a KV head; several tiles of keys that add to one tile of queries; the last tile of keys and of queries partly
+# empty; tiles of keys that no query sees.
+BACKWARD_SHAPES = (
+    (2, 1, 330, 258, None),
+    (2, 2, 130, 400, None),
+    (1, 1, 300, 70, -0.1),
+    (3, 3, 70, 130, None),
+    (1, 1, 0, 70, None),
+    (2, 1, 330, 100, None),
+)
+# The last of them also in any order, which for one tile of keys is a fixed one.
+
+
+def backward_call(kernel: str) -> Callable[[], list[Any]]:
+    """A forward and a backward that launch this backward kernel; returns the gradients."""
+    import torch
+
+    import flash_ext
+
+    dtype, dims, mask, _ = _parts(kernel)
+    generator = torch.Generator().manual_seed(1)
+    calls = []
+    for heads, heads_kv, seqlen_q, seqlen_k, scale in BACKWARD_SHAPES:
+        shapes = (seqlen_q, heads, dims[0]), (seqlen_k, heads_kv, dims[0]), (seqlen_k, heads_kv, dims[-1]), (seqlen_q, heads, dims[-1])
+        q, k, v, dout = (torch.randn(1, *shape, generator=generator).to(dtype) for shape in shapes)
+        options = {"causal": mask == "causal", "softmax_scale": scale}
+        with torch.no_grad():  # the reference's results serve an edited backward kernel as well
+            out, lse = flash_ext.attention(q, k, v, **options, return_lse=True, backend="reference")
+        calls.append((dout, q, k, v, out, lse, options))
+
+    def call() -> list[torch.Tensor]:
+        gradients = []
+        for deterministic, (dout, q, k, v, out, lse, options) in [*((True, c) for c in calls), (False, calls[-1])]:
+            scale = q.shape[-1] ** -0.5 if options["softmax_scale"] is None else options["softmax_scale"]
+            none = [None] * 9
+            results = torch.ops.flash_ext.bwd(
+                dout, None, q, k, v, out, lse, *none, scale, options["causal"], -1, -1, 0.0, [], deterministic, 7, None
+            )
+            gradients += [gradient.view(torch.int16) for gradient in results[:3]]
+        return gradients
+
+    return call
+
+
+def _parts(kernel: str) -> tuple[Any, list[int], str, bool]:
+    """dtype, (head_dim,) or (head_dim, head_dim_v), mask, and whether scores are modified, by a kernel's name."""
+    import torch
+
+    _, _, dtype, head_dim, mask, *scored = kernel.split("_")
+    dims = [int(n) for n in head_dim[1:].split("x")]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], dims, mask, bool(scored)
+
+
 def attention_call(kernel: str) -> Callable[[], list[Any]]:
     """A call of flash_ext.attention that launches this forward kernel; returns its results."""
     import torch
 
     import flash_ext
 
-    _, _, dtype, head_dim, mask, *scored = kernel.split("_")
-    dims = [int(number) for number in head_dim[1:].split("x")]  # d128, or d192x128 where V's differs
+    dtype, dims, mask, scored = _parts(kernel)
     generator = torch.Generator().manual_seed(1)
 
     def tensor(seqlen: int, heads: int, dim: int) -> torch.Tensor:
-        values = torch.randn(1, seqlen, heads, dim, generator=generator)
-        return values.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+        return torch.randn(1, seqlen, heads, dim, generator=generator).to(dtype)
 
     calls = []
     for heads, heads_kv, seqlen_q, seqlen_k, scale in SHAPES:
         q, k = tensor(seqlen_q, heads, dims[0]), tensor(seqlen_k, heads_kv, dims[0])
         tensors = q, k, tensor(seqlen_k, heads_kv, dims[-1])
-        calls.append((tensors, {"softmax_scale": scale, **options_of(mask, bool(scored), heads, (1, heads_kv, seqlen_k))}))
+        calls.append((tensors, {"softmax_scale": scale, **options_of(mask, scored, heads, (1, heads_kv, seqlen_k))}))
     for lengths in PACKED:
         boundaries = [torch.tensor([0, *side]).cumsum(0).int() for side in zip(*lengths, strict=True)]
         total_q, total_k = (int(ends[-1]) for ends in boundaries)
         q, k, v = (tensor(rows, heads, dim)[0] for rows, heads, dim in ((total_q, 2, dims[0]), (total_k, 1, dims[0]), (total_k, 1, dims[-1])))
-        options = options_of(mask, bool(scored), 2, (1, total_k))
+        options = options_of(mask, scored, 2, (1, total_k))
         calls.append(((q, k, v), {"cu_seqlens_q": boundaries[0], "cu_seqlens_k": boundaries[1], "sinks": torch.ones(2), **options}))
 
     def call() -> list[torch.Tensor]:
@@ -252,7 +350,7 @@ def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> S
 def run_kernel(kernel: str, kinds: list[str] | None = None, log: Callable[[str], None] = print) -> list[Result]:
     from flash_ext import _emulator
 
-    bench = Bench(_emulator, kernel, attention_call(kernel))
+    bench = Bench(_emulator, kernel, (backward_call if kernel.startswith("bwd") else attention_call)(kernel))
     results: list[Result] = []
     begin = time.monotonic()
     for site in mutate.sites(bench.ptx, kernel, kinds):

@@ -285,6 +285,16 @@ void ClusterChecks::State::synchronise(const Where& at, SyncVariables& variables
       me.fence_acquire = join_foreign(me.fence_acquire, seen);
   }
   if (access == Access::kRead) return;
+  if (releases && &variables == &global.sync) {
+    // Sums whose order matters are handed over like this. Reductions by themselves are atomic, so no race would show it.
+    for (const BulkLane& bulk : me.bulk) {
+      if (!(at.lanes >> bulk.lane & 1) || bulk.last_reduction <= me.clock.order.get(bulk.write_agent)) continue;
+      report("incomplete-reduction", at, key,
+             "a release while the thread's bulk reduction at " + this->place(bulk.reduction_pc) +
+                 " may not be complete: no cp.async.bulk.wait_group (without .read) in between");
+      return;
+    }
+  }
   if (releases) {
     variables[key].release(snapshot(me.clock), scope, place, replace);
     me.tick();

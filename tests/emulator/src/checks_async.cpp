@@ -298,6 +298,7 @@ void ClusterChecks::bulk_store(const Where& at, std::span<const SharedRange> sou
   const uint32_t group = bulk.committed + 1;
   bulk.last_read = group;
   bulk.last_pc = at.pc;
+  if (reduce) bulk.last_reduction = group, bulk.reduction_pc = at.pc;
   // CUTLASS's epilogue lets a whole warp issue one store.
   const bool repeated = !reduce && me.store_pc == at.pc && bulk.lane > me.store_lane &&
                         std::ranges::equal(sources, me.store_sources) &&

@@ -92,6 +92,7 @@ struct BulkLane {
   uint32_t lane = 0, read_agent = 0, write_agent = 0;
   uint32_t committed = 0;  // groups; operations of the open group have clock committed + 1
   uint32_t last_read = 0;  // clock of the last operation
+  uint32_t last_reduction = 0, reduction_pc = 0;  // the same of the last reduction to global memory
   uint32_t last_pc = 0;
 };
 
