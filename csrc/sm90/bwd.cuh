@@ -102,7 +102,7 @@ __device__ __forceinline__ void write_dq(const BwdParams& params, BwdStorage<Con
           // The sum must be in memory before the next tile may add to it: that the source has been read says nothing.
           bulk_wait();
           pass_turn(params.dq_turns + index);
-        } else {
+        } else if (params.dq_blocks != nullptr) {  // else dQ is not wanted
           bulk_reduce_add(params.dq_blocks + index * kDqBlockFloats, shared.dq[consumer], kDqBlockBytes);
           bulk_commit();
           bulk_wait_read();
@@ -145,7 +145,7 @@ __device__ __forceinline__ void flash_bwd_sm90(const BwdParams& params) {
     if (warp == 0) {
       if (elect_one()) produce_tiles<Config>(params, shared);
     } else if (warp <= kBwdConsumers) {
-      if (params.dq_blocks != nullptr && elect_one()) write_dq<Config>(params, shared, warp - 1);
+      if (elect_one()) write_dq<Config>(params, shared, warp - 1);
     }
   } else {
     increase_registers<Config::kConsumerRegisters>();

@@ -117,7 +117,7 @@ def test_a_turn_passed_on_before_the_sum_is_complete_is_caught(schedule) -> None
     schedule("late", sms=4)
     gradients(case, deterministic=True)
     ptx = _emulator.kernel_ptx(kernel)
-    site = next(mutate.sites(ptx, kernel, ["weaken_copy_wait"]))
+    site = mutate.sites(ptx, kernel, ["weaken_copy_wait"])[0]
     _emulator.replace_ptx(kernel, mutate.apply(ptx, site))
     try:
         with pytest.raises(RuntimeError, match="incomplete-reduction"):
