@@ -82,9 +82,9 @@ FX_HOST_DEVICE constexpr int64_t max_total_parts(const SplitProblem& problem, in
 
 // The tiles of one part, in the order of visits: parts differ by at most one tile.
 FX_HOST_DEVICE constexpr KeyTiles tiles_of_part(const KeyTiles& tiles, int parts, int part) {
-  const int begin = static_cast<int>(int64_t(tiles.num_tiles) * part / parts);
-  const int end = static_cast<int>(int64_t(tiles.num_tiles) * (part + 1) / parts);
-  const int count = end - begin, masked = clamp(tiles.num_masked - begin, 0, count);
+  const int each = tiles.num_tiles / parts, longer = tiles.num_tiles - each * parts;  // the first parts are one tile longer
+  const int begin = part * each + min_of(part, longer), count = each + (part < longer ? 1 : 0);
+  const int masked = clamp(tiles.num_masked - begin, 0, count);
   return {tiles.end - begin, count, masked, clamp(tiles.full_end - begin, masked, count)};
 }
 

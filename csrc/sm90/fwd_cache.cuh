@@ -51,12 +51,24 @@ struct CacheWork {
     const int part = params.by_items.divide(index), within = index - part * params.items_per_part;
     const int head = params.by_m_blocks.divide(within), m_block = within - head * params.num_m_blocks;
     const int sequence = sequence_of_part(params, part, lane);
-    QueryTile queries = flash_ext::query_tile(params, {m_block, head, sequence}, {sequence, m_block}, kBlockM);
-    queries.part = part;
+    // Of what a sequence's numbers may be, only these occur here: a dense batch of queries, used rows and padding of keys.
+    const RowRange q{0, params.seqlens_q.num_rows, sequence};
+    const SeqlenParams &of_k = params.seqlens_k, used{nullptr, of_k.seqused, of_k.leftpad, of_k.num_rows};
+    RowRange k = rows_of_sequence(used, sequence);
     if (params.places.batch_index != nullptr) {
-      queries.sequence.k.batch = clamp(params.places.batch_index[sequence], 0, params.places.num_blocks - 1);
+      k.batch = clamp(params.places.batch_index[sequence], 0, params.places.num_blocks - 1);
     }
-    return queries;
+    const int group = params.num_heads / params.num_heads_kv;
+    const int log2_heads = log2_of(params.heads_per_tile);
+    const int tiles_per_group = ceil_div(group, params.heads_per_tile), head_kv = head / tiles_per_group;
+    return {{q, k, k.num_rows - q.num_rows},
+            sequence,
+            part,
+            m_block * (kBlockM >> log2_heads),
+            head_kv,
+            (head - head_kv * tiles_per_group) << log2_heads,
+            group,
+            log2_heads};
   }
 
   __device__ __forceinline__ static KeyTiles part_of(const FwdCacheParams& params, const QueryTile& queries,

@@ -11,7 +11,7 @@ from test_layouts import run
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 MISTAKES = {
-    "rounding": ("splits.cuh", "tiles.num_tiles) * (part + 1) / parts", "tiles.num_tiles) * (part + 1) / (parts + 1)"),
+    "rounding": ("splits.cuh", "part * each + min_of(part, longer)", "part * each"),
     "masked": ("splits.cuh", "clamp(tiles.num_masked - begin, 0, count)", "clamp(tiles.num_masked, 0, count)"),
     "room": ("splits.cuh", "problem.batch + filling", "problem.batch + filling / 8"),
     "choice": ("splits.cuh", "if (cost < least)", "if (cost < least && rounds == 8)"),
