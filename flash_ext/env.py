@@ -6,7 +6,7 @@
 | FLASH_EXT_EMULATE | at import | sm80, sm86, sm89, sm90, sm120: run calls on CPU tensors in the emulator of such a GPU |
 | FLASH_EXT_EMULATE_SMS | at import | the emulated GPU's number of SMs, default 4 |
 
-The emulator reads more variables (seed, schedule, checks): docs/debugging.md.
+The emulator reads more variables (seed, schedule, checks, FP8 sums): docs/debugging.md.
 
 Build-time variables stand in setup.py.
 """
@@ -42,6 +42,7 @@ def _check_emulator_variables() -> None:
         "FLASH_EXT_EMULATE_SMS": (1, 65535),
         "FLASH_EXT_EMULATE_THREADS": (1, 1024),
         "FLASH_EXT_EMULATE_SEED": (0, 2**63 - 1),
+        "FLASH_EXT_EMULATE_FP8_BITS": (0, 13),
     }
     for name, (smallest, largest) in numbers.items():
         value = os.environ.get(name, str(smallest))

@@ -60,6 +60,31 @@ def random_matrix(kind: str, shape: tuple[int, ...], rng: np.random.Generator, e
     return Coded(codes, decode(kind, codes))
 
 
+def _significand_exponent(values: np.ndarray, smallest: int) -> tuple[np.ndarray, np.ndarray]:
+    """values = significand * 2**exponent, significands in [1, 2) or, below 2**smallest, less; 0 has exponent -126."""
+    exponent = np.maximum(np.frexp(np.asarray(values, np.float64))[1] - 1, smallest)
+    return np.where(values == 0, 0.0, np.ldexp(values, -exponent)), np.where(values == 0, -126, exponent)
+
+
+def sum_as_hopper(
+    kinds: tuple[str, str], a: np.ndarray, b: np.ndarray, c: np.ndarray, fraction_bits: int = 13, d_kind: str = "f32"
+) -> np.ndarray:
+    """One fp8 wgmma, a (m, 32) @ b (n, 32).T + c (m, n), as src/fp8_accumulator.h has it: the emulator's switch
+    fp8_fraction_bits, in float64. Finite numbers only; returns float32 or float16 values as float64."""
+    smallest = {"e4m3": -6, "e5m2": -14}
+    (a_s, a_e), (b_s, b_e) = (_significand_exponent(x, smallest[kind]) for kind, x in zip(kinds, (a, b), strict=True))
+    c_s, c_e = _significand_exponent(c, -126)
+    terms = a_s[:, None, :] * b_s[None, :, :], a_e[:, None, :] + b_e[None, :, :]
+    significands, exponents = (np.concatenate([t, x[..., None]], axis=2) for t, x in zip(terms, (c_s, c_e), strict=True))
+    largest = exponents.max(axis=2)
+    aligned = np.trunc(np.ldexp(significands, fraction_bits + exponents - largest[..., None]))
+    total = np.ldexp(aligned.sum(axis=2), largest - fraction_bits)
+    if d_kind == "f16":
+        return total.astype(np.float16).astype(np.float64)
+    significand, exponent = _significand_exponent(total, -126)
+    return np.ldexp(np.trunc(np.ldexp(significand, fraction_bits)), exponent - fraction_bits)
+
+
 def accumulator_coords(registers: int, half: bool, warps: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of each accumulator element, [register, thread] or, packed f16, [register, thread, 2]."""
     thread = np.arange(32 * warps)[None, :, None]

@@ -212,6 +212,9 @@ void define_options(py::module_& m) {
       .def_readwrite("sms", &Options::num_sms)
       .def_readwrite("max_instructions", &Options::max_instructions)
       .def_property(
+          "fp8_fraction_bits", [](const Options& o) { return o.fp8_fraction_bits; },
+          [](Options& o, uint64_t bits) { set_fp8_fraction_bits(bits, &o); })
+      .def_property(
           "sm", [](const Options& o) { return o.sm_version; },
           [](Options& o, int version) { o.sm_version = device_model(version).sm_version; })
       .def_property("schedule", &schedule_name, [](Options& o, const std::string& name) { apply_schedule(name, &o); })

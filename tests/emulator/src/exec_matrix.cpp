@@ -82,7 +82,8 @@ void execute(Cta& cta, uint32_t index, const WgmmaIssue& issue) {
     for (int r = 0; r < wgmma_a_registers; ++r) a[k * wgmma_a_registers + r] = in<uint32_t>(w, refs[nd + r]);
   }
   try {
-    wgmma(op, issue.scale_d, d, op.a_in_registers ? a : nullptr, issue.a_desc, issue.b_desc, cta.view());
+    wgmma(op, issue.scale_d, d, op.a_in_registers ? a : nullptr, issue.a_desc, issue.b_desc, cta.view(),
+          static_cast<int>(cta.launch->options.fp8_fraction_bits));
   } catch (const OperandFault& e) {
     fault_at(*cta.launch, issue.pc, &cta, 4 * index, kFullMask, "operand", e.what());
   }

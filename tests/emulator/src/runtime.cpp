@@ -61,6 +61,11 @@ void apply_schedule(const std::string& name, Options* options) {
   }
 }
 
+void set_fp8_fraction_bits(uint64_t bits, Options* options) {
+  if (bits > 13) throw std::invalid_argument("fp8 fraction bits must be at most 13 (0: float32), got " + std::to_string(bits));
+  options->fp8_fraction_bits = static_cast<uint32_t>(bits);
+}
+
 Options options_from_environment() {
   Options options;
   const char* arch = std::getenv("FLASH_EXT_EMULATE");
@@ -69,6 +74,7 @@ Options options_from_environment() {
   options.seed = environment_number("FLASH_EXT_EMULATE_SEED", 0);
   options.checks = environment_number("FLASH_EXT_EMULATE_CHECKS", 1) != 0;
   options.num_threads = std::max<uint64_t>(1, environment_number("FLASH_EXT_EMULATE_THREADS", 1));
+  set_fp8_fraction_bits(environment_number("FLASH_EXT_EMULATE_FP8_BITS", 0), &options);
   const char* schedule = std::getenv("FLASH_EXT_EMULATE_SCHEDULE");
   if (schedule && *schedule) apply_schedule(schedule, &options);
   return options;

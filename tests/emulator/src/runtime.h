@@ -114,11 +114,14 @@ class Runtime {
   std::deque<LaunchRecord> launches_;
 };
 
-// Options as the environment sets them: FLASH_EXT_EMULATE, _SMS, _SEED, _CHECKS, _SCHEDULE, _THREADS.
+// Options as the environment sets them: FLASH_EXT_EMULATE, _SMS, _SEED, _CHECKS, _SCHEDULE, _THREADS, _FP8_BITS.
 Options options_from_environment();
 
 // Names of FLASH_EXT_EMULATE_SCHEDULE: "early", "late", "random", "adversarial".
 void apply_schedule(const std::string& name, Options* options);
+
+// 0 to 13; see fp8_accumulator.h.
+void set_fp8_fraction_bits(uint64_t bits, Options* options);
 
 // The error state of the calling thread.
 struct ThreadErrors {

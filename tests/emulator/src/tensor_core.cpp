@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "formats.h"
+#include "fp8_accumulator.h"
 #include "mma_panels.h"
 
 namespace flash_ext::emulator {
@@ -126,21 +127,21 @@ void multiply_warp(const WarpPanelA<Value>& a, const BlockPanelB<Value>* b, int 
   for (; block < blocks; ++block) multiply<Value, 1>(a, b + block, k, keep, d + 4 * block);
 }
 
-// The product into f32 copies of packed f16 accumulators, rounded once at the end.
-void multiply_warp_f16(const WarpPanelA<float>& a, const BlockPanelB<float>* b, int blocks, int k, bool keep,
-                       const uint32_t* const* c, uint32_t* const* d) {
+// multiply_into(pointers) adds the product to f32 copies of packed f16 accumulators, which are rounded once at the end.
+template <class Multiply>
+void multiply_warp_f16(int blocks, bool keep, uint32_t* const* d, Multiply&& multiply_into) {
   alignas(64) uint32_t wide[128][32];
   uint32_t* pointers[128];
   for (int reg = 0; reg < 2 * blocks; ++reg) {
     for (int lane = 0; lane < 32; ++lane) {
-      const uint32_t bits = keep ? c[reg][lane] : 0;
+      const uint32_t bits = keep ? d[reg][lane] : 0;
       wide[2 * reg][lane] = float_bits(f16_to_f32(static_cast<uint16_t>(bits)));
       wide[2 * reg + 1][lane] = float_bits(f16_to_f32(static_cast<uint16_t>(bits >> 16)));
     }
     pointers[2 * reg] = wide[2 * reg];
     pointers[2 * reg + 1] = wide[2 * reg + 1];
   }
-  multiply_warp<float>(a, b, blocks, k, true, pointers);
+  multiply_into(pointers);
   for (int reg = 0; reg < 2 * blocks; ++reg) {
     for (int lane = 0; lane < 32; ++lane) {
       d[reg][lane] = pack_f16x2(bits_float(wide[2 * reg + 1][lane]), bits_float(wide[2 * reg][lane]));
@@ -244,7 +245,8 @@ const char* invalid_wgmma(const WgmmaOp& op) {
 }
 
 void wgmma(const WgmmaOp& op, bool scale_d, uint32_t* const* d, const uint32_t* const* a, uint64_t a_desc,
-           uint64_t b_desc, SharedView shared) {
+           uint64_t b_desc, SharedView shared, int fp8_fraction_bits) {
+  const bool truncates = fp8_fraction_bits > 0 && is_fp8(op.a);
   const int blocks = op.n / 8;
   const int k = 32 / element_bytes(op.a);
   const int d_registers = wgmma_d_registers(op);
@@ -264,10 +266,20 @@ void wgmma(const WgmmaOp& op, bool scale_d, uint32_t* const* d, const uint32_t* 
     for (int warp = 0; warp < 4; ++warp) {
       uint32_t* const* warp_d = d + warp * d_registers;
       if constexpr (std::is_same_v<Value, float>) {
-        if (op.d == MmaFormat::kF16) {
-          multiply_warp_f16(panel_a[warp], panel_b, blocks, k, scale_d, warp_d, warp_d);
-          continue;
+        const bool half = op.d == MmaFormat::kF16;
+        const auto product = [&](uint32_t* const* sums) {
+          if (truncates) {
+            multiply_warp_truncated(panel_a[warp], op.a, panel_b, op.b, blocks, fp8_fraction_bits, half || scale_d, !half, sums);
+          } else {
+            multiply_warp<float>(panel_a[warp], panel_b, blocks, k, half || scale_d, sums);
+          }
+        };
+        if (half) {
+          multiply_warp_f16(blocks, scale_d, warp_d, product);
+        } else {
+          product(warp_d);
         }
+        continue;
       } else if (op.satfinite) {
         multiply_warp_saturating(panel_a[warp], panel_b, blocks, k, scale_d, warp_d, warp_d);
         continue;

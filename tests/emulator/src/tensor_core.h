@@ -100,8 +100,9 @@ const char* invalid_wgmma(const WgmmaOp& op);
 // d[warp * wgmma_d_registers(op) + reg] and a[warp * 4 + reg] are lane arrays of the 4 warps.
 // `a` may be null unless a_in_registers; `a_desc` is ignored when a_in_registers.
 // Throws OperandFault when an operand leaves shared memory. D is undefined after a throw.
+// fp8_fraction_bits: 8-bit floats are summed as fp8_accumulator.h says; 0: in float32.
 void wgmma(const WgmmaOp& op, bool scale_d, uint32_t* const* d, const uint32_t* const* a, uint64_t a_desc,
-           uint64_t b_desc, SharedView shared);
+           uint64_t b_desc, SharedView shared, int fp8_fraction_bits = 0);
 
 // Appends what A (if in shared memory) and B read.
 void append_wgmma_ranges(const WgmmaOp& op, uint64_t a_desc, uint64_t b_desc, std::vector<ByteRange>& ranges);
