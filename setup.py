@@ -46,8 +46,11 @@ OP_SOURCES = [
     "host/append_kv.cpp",
     "host/combine.cpp",
     "host/kvcache.cpp",
+    "host/fwd_fp8.cpp",
+    "host/plan_fp8.cpp",
+    "host/quantize.cpp",
 ]
-HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/problem.cpp"]
+HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/plan_fp8.cpp", "host/problem.cpp"]
 
 
 def say(message: str) -> None:

@@ -18,7 +18,8 @@ namespace {
 const std::pair<const char*, ScalarType> kDtypes[] = {{"float16", ScalarType::kFloat16},
                                                       {"bfloat16", ScalarType::kBFloat16},
                                                       {"float32", ScalarType::kFloat32},
-                                                      {"float64", ScalarType::kFloat64}};
+                                                      {"float64", ScalarType::kFloat64},
+                                                      {"float8_e4m3fn", ScalarType::kFloat8E4m3}};
 
 ScalarType dtype_from_name(const std::string& name) {
   for (const auto& [known, dtype] : kDtypes) {
@@ -93,6 +94,40 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       py::arg("deterministic") = false);
 }
 
+void bind_fp8_plan(py::module_& m) {
+  m.def(
+      "plan_fwd_fp8",
+      [](const std::string& device, const PyLayout& q, const PyLayout& k, const PyLayout& v, bool causal,
+         int64_t window_left, int64_t window_right, double softcap, const std::string& backend, int64_t num_sequences,
+         int64_t num_parts, bool alibi, bool k_bias, bool leftpad, bool block_scales, bool flushes,
+         bool whole_blocks, bool shared_q_scale) {
+        const FwdProblem problem{.dtype = ScalarType::kFloat8E4m3,
+                                 .q = layout_from_python(q),
+                                 .k = layout_from_python(k),
+                                 .v = layout_from_python(v),
+                                 .num_sequences = num_sequences,
+                                 .num_parts = num_parts,
+                                 .causal = causal,
+                                 .window_left = window_left,
+                                 .window_right = causal ? 0 : window_right,
+                                 .softcap = softcap,
+                                 .alibi = alibi,
+                                 .k_bias = k_bias,
+                                 .leftpad = leftpad,
+                                 .backend = backend};
+        return plan_to_python(plan_fwd_fp8(problem, {.block_scales = block_scales,
+                                                     .flushes = flushes,
+                                                     .whole_blocks = whole_blocks,
+                                                     .shared_q_scale = shared_q_scale},
+                                           device_info_from_name(device)));
+      },
+      "The plan of an FP8 forward; arguments as plan_fwd.", py::kw_only(), py::arg("device"), py::arg("q"), py::arg("k"),
+      py::arg("v"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
+      py::arg("backend"), py::arg("num_sequences"), py::arg("num_parts"), py::arg("alibi"), py::arg("k_bias"),
+      py::arg("leftpad"), py::arg("block_scales"), py::arg("flushes"), py::arg("whole_blocks"),
+      py::arg("shared_q_scale"));
+}
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "What was compiled, and what the planner would choose: introspection of flash_ext without a GPU.";
   m.attr("build_info_json") = FLASH_EXT_BUILD_INFO;
@@ -126,6 +161,7 @@ PYBIND11_MODULE(_host, m) {
 
   bind_plan<plan_fwd>(m, "plan_fwd", "The plan of a forward call. Layouts are (sizes, strides in elements, base_aligned); num_sequences: of packed "
                       "tensors, whose layouts have three dimensions; num_parts: of the keys, 0 without split_boundaries.");
+  bind_fp8_plan(m);
   bind_plan<plan_bwd>(m, "plan_bwd", "The plan of a backward call; arguments as plan_fwd.");
 
   m.def(

@@ -14,4 +14,6 @@ STABLE_TORCH_LIBRARY_IMPL(flash_ext, FLASH_EXT_DISPATCH_KEY, library) {
   library.impl("kvcache", TORCH_BOX(&flash_ext::kvcache));
   library.impl("append_kv", TORCH_BOX(&flash_ext::append_kv));
   library.impl("combine", TORCH_BOX(&flash_ext::combine));
+  library.impl("fwd_fp8", TORCH_BOX(&flash_ext::fwd_fp8));
+  library.impl("quantize_fp8", TORCH_BOX(&flash_ext::quantize_fp8));
 }

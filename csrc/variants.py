@@ -22,6 +22,7 @@ from pathlib import Path
 CXX_ELEMENT = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 CXX_SCALAR_TYPE = {
     "bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16", "f32": "ScalarType::kFloat32", "": "ScalarType::kBool",
+    "e4m3": "ScalarType::kFloat8E4m3",
 }  # fmt: skip
 ARCHITECTURES = ("sm80", "sm90")
 
@@ -83,6 +84,12 @@ KERNELS = {
         for op, params in (("append_kv", "AppendKvParams"), ("combine", "CombineParams"))
         for arch in ARCHITECTURES
     },
+    ("quantize_fp8", "sm90"): Kernel(
+        "quantize_fp8", "common/quantize_fp8.cuh", "QuantizeFp8Params", "quantize_fp8", "launch_quantize_fp8"
+    ),
+    ("fwd_fp8", "sm90"): Kernel(
+        "fwd_fp8", "sm90/fwd_fp8.cuh", "FwdFp8Params", "sm90::fp8::flash_fwd_fp8_sm90", "sm90::fp8::launch_fwd_fp8"
+    ),
 }
 
 # One look-up function for each op in host/launchers.h: op -> (type of the launcher, params).
@@ -98,6 +105,8 @@ LAUNCHERS = {
     "combine": ("CombineLauncher", "CombineParams"),
     "fwd_cache": ("FwdCacheLauncher", "FwdCacheParams"),
     "fwd_cache_gather": ("FwdCacheLauncher", "FwdCacheParams"),
+    "quantize_fp8": ("QuantizeFp8Launcher", "QuantizeFp8Params"),
+    "fwd_fp8": ("FwdFp8Launcher", "FwdFp8Params"),
 }
 
 
@@ -125,12 +134,15 @@ class Variant:
     config: str
     scored: bool = False
     smem_kib: int = 0
+    # FP8 forward: one scale for a 'head' or for each 'block' of 64 rows; '_unflushed': sums stay in the tensor cores.
+    kind: str = ""
 
     @property
     def name(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         parts = (self.op, self.arch, self.dtype, dims if self.head_dim else "", self.mask, "scored" if self.scored else "")
         parts += (f"smem{self.smem_kib}",) if self.smem_kib else ()
+        parts += (self.kind,)
         return "_".join(filter(None, parts))
 
     @property
@@ -138,6 +150,8 @@ class Variant:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
         if self.op.startswith("fwd_cache"):
             return f"{self.op}_{self.arch}_{self.dtype}"
+        if self.op == "fwd_fp8":
+            return f"{self.op}_{self.arch}_{self.kind}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored
         if self.op not in ("fwd", "bwd"):
             return f"small_{self.arch}_{self.dtype if self.dtype in CXX_ELEMENT else 'bf16'}"
         return f"{self.op}_{self.arch}_{self.dtype}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored
@@ -410,9 +424,66 @@ def _kvcache() -> list[Variant]:
     return rows
 
 
+def _quantize_fp8() -> list[Variant]:
+    return [
+        Variant(
+            op="quantize_fp8",
+            arch="sm90",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            mask="",
+            block_m=64,
+            block_n=0,
+            config=f"QuantizeFp8Config<{CXX_ELEMENT[dtype]}, {head_dim}>",
+        )
+        for dtype, head_dim in product(("bf16", "fp16"), (64, 128, 256))
+    ]
+
+
+# Keys of a tile: by head_dim, with sums flushed to float32 after each tile, not flushed, and with modified scores
+# (sm90/fwd_fp8.cuh: Tile).
+FWD_FP8_BLOCK_N = {64: (192, 224, 192), 96: (128, 224, 128), 128: (128, 224, 128), 192: (128, 128, 64), 256: (128, 128, 64)}
+FWD_FP8_KINDS = (
+    ("full", False, "head"),
+    ("causal", False, "head"),
+    ("full", False, "block"),
+    ("causal", False, "block"),
+    ("local", True, "block"),
+    ("full", False, "head_unflushed"),
+    ("causal", False, "head_unflushed"),
+)
+
+
+def _fwd_fp8() -> list[Variant]:
+    rows = []
+    for (head_dim, tiles), (mask, scored, kind) in product(FWD_FP8_BLOCK_N.items(), FWD_FP8_KINDS):
+        flushed = not kind.endswith("_unflushed")
+        space = "flash_ext::sm90::fp8"
+        scales = "BlockScales" if kind.startswith("block") else "HeadScales"
+        policies = f"flash_ext::{CXX_MASK[mask]}, flash_ext::{CXX_SCORE[scored]}, {space}::{scales}, "
+        policies += f"{space}::{'Flushed' if flushed else 'Unflushed'}"
+        rows.append(
+            Variant(
+                op="fwd_fp8",
+                arch="sm90",
+                dtype="e4m3",
+                head_dim=head_dim,
+                head_dim_v=head_dim,
+                mask=mask,
+                block_m=128,
+                block_n=tiles[2 if scored else 0 if flushed else 1],
+                config=f"sm90::fp8::FwdFp8Config<{head_dim}, {policies}>",
+                scored=scored,
+                kind=kind,
+            )
+        )
+    return rows
+
+
 VARIANTS: tuple[Variant, ...] = (
     *_fwd_sm90(), *_fwd_sm80(), *_bwd_sm90(), *_bwd_sm80(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks(), *_fill_unused(),
-    *_mask_blocks(), *_kvcache(),
+    *_mask_blocks(), *_kvcache(), *_quantize_fp8(), *_fwd_fp8(),
 )  # fmt: skip
 
 
@@ -461,7 +532,7 @@ def table_source(rows: list[Variant]) -> str:
     entries = [
         f'    {{"{r.name}", Op::k_{r.op}, {r.arch[2:]}, {CXX_SCALAR_TYPE[r.dtype]}, {r.head_dim}, {r.head_dim_v}, '
         f"Mask::k_{r.mask or 'none'}, Score::k_{'modified' if r.scored else 'plain'}, {r.block_m}, {r.block_n}, "
-        f"{r.smem_kib * 1024}}},"
+        f'{r.smem_kib * 1024}, "{r.kind}"}},'
         for r in rows
     ]
     return (

@@ -10,11 +10,13 @@ from .block_mask import BlockMask, create_block_mask
 from .block_sparse import block_sparse_attention
 from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning
+from .fp8 import attention_fp8_straight_through
 from .jagged import attention_dense_jagged, attention_jagged
 from .kvcache import attention_with_kvcache
 from .masks import document_mask, prefix_lm_mask, rcm_permutation, sliding_window_mask, tree_mask
 from .merge import merge_attention
 from .packing import PackingCollator, attention_packed, cu_seqlens_from_position_ids
+from .quantize import quantize_fp8
 from .varlen import attention_varlen
 
 try:
@@ -23,8 +25,29 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "BlockMask", "Explanation", "FallbackWarning", "PackingCollator", "attention", "attention_dense_jagged",
-    "attention_jagged", "attention_packed", "attention_partials", "attention_varlen", "attention_with_kvcache",
-    "block_sparse_attention", "compat", "create_block_mask", "cu_seqlens_from_position_ids", "document_mask", "explain",
-    "merge_attention", "prefix_lm_mask", "rcm_permutation", "sliding_window_mask", "supported", "tree_mask",
-]  # fmt: skip
+    "BlockMask",
+    "Explanation",
+    "FallbackWarning",
+    "PackingCollator",
+    "attention",
+    "attention_dense_jagged",
+    "attention_fp8_straight_through",
+    "attention_jagged",
+    "attention_packed",
+    "attention_partials",
+    "attention_varlen",
+    "attention_with_kvcache",
+    "block_sparse_attention",
+    "compat",
+    "create_block_mask",
+    "cu_seqlens_from_position_ids",
+    "document_mask",
+    "explain",
+    "merge_attention",
+    "prefix_lm_mask",
+    "quantize_fp8",
+    "rcm_permutation",
+    "sliding_window_mask",
+    "supported",
+    "tree_mask",
+]

@@ -132,8 +132,8 @@ def _qkv_violations(call: Call, packed: bool) -> tuple[list[str], bool]:
             rows = f"total_{'q' if name == 'q' else 'k'}" if packed else "batch, seqlen"
             found.append(f"{name} must have {dims} dimensions ({rows}, num_heads, head_dim), got {tensor.dim()}")
     wrong_kind = len(found) > 0
-    if q.dtype not in DTYPES:
-        found.append(f"q.dtype must be bfloat16, float16, float32 or float64, got {q.dtype}")
+    if q.dtype not in (*DTYPES, torch.float8_e4m3fn):
+        found.append(f"q.dtype must be bfloat16, float16, float32 or float64 (or float8_e4m3fn, forward only), got {q.dtype}")
     for name, tensor in tensors[1:]:
         if tensor.dtype != q.dtype:
             found.append(f"{name}.dtype must equal q.dtype, got {tensor.dtype} and {q.dtype}")
@@ -305,7 +305,9 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def check_arguments(call: Call) -> None:
     """Raise TypeError (a wrong Python type) or ValueError (everything else) that lists every violated rule."""
-    violations = _type_violations(call)
+    from . import fp8  # it builds on the ops, which build on this file
+
+    violations = _type_violations(call) + fp8.type_violations(call)
     if violations:
         raise TypeError(f"{call.function}: " + "; ".join(violations))
     packed = call.function == "attention_varlen"
@@ -322,5 +324,6 @@ def check_arguments(call: Call) -> None:
         batch, seqlen_q, num_heads, _ = call.q.shape
         violations += call.block_mask.violations(batch, num_heads, seqlen_q, call.k.shape[1], call.q.device)
     violations += _option_violations(call)
+    violations += fp8.violations(call, sized)
     if violations:
         raise ValueError(f"{call.function}: " + "; ".join(violations))

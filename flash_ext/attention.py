@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
@@ -28,6 +29,12 @@ def attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     block_mask: BlockMask | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    flush_every: int | None = None,
+    validate: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention, differentiable, in memory linear in the sequence length.
 
@@ -62,6 +69,12 @@ def attention(
             ALiBi, k_bias and the mask, without the sink), as QK-clipping optimisers watch it. Has no gradient.
         deterministic: gradients bitwise equal from run to run. None follows torch.use_deterministic_algorithms.
         backend: 'sm90', 'sm80' or 'reference' to insist on one; None lets flash_ext choose (see flash_ext.explain).
+        q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn (forward only) the float32 scales that undo their
+            rounding, as flash_ext.quantize_fp8 returns them; None is 1. q_descale may also be (batch, num_heads_kv).
+        out_dtype: of an FP8 call, bfloat16 (the default) or float16.
+        flush_every: of an FP8 call, after how many tiles of keys the tensor cores' sums, which hold 14 bits, are added up in
+            float32 (docs/numerics.md); 0 is never, None the kernel's default.
+        validate: check the scales' values on a GPU too, which waits for it. On a CPU they are always checked.
 
     Returns:
         out, (out, lse), (out, max_logit) or (out, lse, max_logit).
@@ -86,7 +99,8 @@ def attention(
     return results(
         Call(
             q, k, v, causal, softmax_scale, window_size, softcap, sinks, alibi_slopes, k_bias, return_lse, return_max_logit,
-            deterministic, backend, block_mask=block_mask,
+            deterministic, backend, block_mask=block_mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            out_dtype=out_dtype, flush_every=flush_every, validate=validate,
         )
     )  # fmt: skip
 
@@ -105,6 +119,11 @@ def attention_partials(
     k_bias: Tensor | None = None,
     deterministic: bool | None = None,
     backend: str | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    flush_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """attention over each part of the keys by itself: what flash_ext.merge_attention puts together again.
 
@@ -126,7 +145,8 @@ def attention_partials(
     outs, lses, _ = run(
         Call(
             q, k, v, causal, softmax_scale, window_size, softcap, None, alibi_slopes, k_bias, deterministic=deterministic,
-            backend=backend, split_boundaries=split_boundaries, function="attention_partials",
+            backend=backend, split_boundaries=split_boundaries, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            out_dtype=out_dtype, flush_every=flush_every, function="attention_partials",
         )
     )  # fmt: skip
     return outs, lses

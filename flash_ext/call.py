@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
@@ -38,6 +39,12 @@ class Call(NamedTuple):
     validate: bool = False
     split_boundaries: Sequence[int] | None = None
     block_mask: BlockMask | None = None
+    # Of float8_e4m3fn calls alone (flash_ext/fp8.py).
+    q_descale: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+    out_dtype: torch.dtype | None = None
+    flush_every: int | None = None
     function: str = "attention"
 
     def inputs(self) -> Inputs:

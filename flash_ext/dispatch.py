@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import env, ops, reference
+from . import env, fp8, ops, reference
 from .arguments import BACKENDS, autocast, check_arguments
 from .call import OPTIONS, VARLEN_OPTIONS, Call
 
@@ -80,6 +80,8 @@ def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
 
 def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
     q = call.q
+    if q.dtype == fp8.FP8:
+        return fp8.plan(_host(), device, call, backend, _layout)
     plan = _host().plan_fwd(
         device=device,
         dtype=str(q.dtype).removeprefix("torch."),

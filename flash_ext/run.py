@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import fp8, ops
 from .arguments import autocast, check_arguments
 from .call import Call
 
@@ -23,6 +23,8 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     deterministic = call.deterministic
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    if call.q.dtype == fp8.FP8:
+        return fp8.run(call)
     if call.block_mask is None:
         inputs, fwd = call.inputs(), torch.ops.flash_ext.fwd
     else:

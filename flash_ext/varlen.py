@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .call import Call
@@ -33,6 +34,11 @@ def attention_varlen(
     return_max_logit: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    flush_every: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """flash_ext.attention for sequences of different lengths, packed one behind the other: no padding is computed.
 
@@ -68,6 +74,7 @@ def attention_varlen(
         Call(
             q, k, v, causal, softmax_scale, window_size, softcap, sinks, alibi_slopes, k_bias, return_lse, return_max_logit,
             deterministic, backend, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, leftpad_q,
-            leftpad_k, validate, function="attention_varlen",
+            leftpad_k, validate, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, out_dtype=out_dtype,
+            flush_every=flush_every, function="attention_varlen",
         )
     )  # fmt: skip

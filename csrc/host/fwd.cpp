@@ -9,6 +9,7 @@
 
 #include "host/check.h"
 #include "host/emulator.h"
+#include "host/fwd.h"
 #include "host/launch_fwd.h"
 #include "host/launchers.h"
 #include "host/ops.h"
@@ -29,13 +30,15 @@ FwdResults reference_fwd(const AttentionInputs& inputs, bool return_max_logit, c
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
+}  // namespace
+
 // (parts,) batch, seqlen_q, heads, head_dim_v, or packed
-Tensor new_out(const FwdProblem& problem, const Tensor& q) {
+Tensor new_out(const FwdProblem& problem, const Tensor& q, torch::headeronly::ScalarType dtype) {
   std::vector<int64_t> sizes;
   if (problem.num_parts > 0) sizes.push_back(problem.num_parts);
   if (!problem.packed()) sizes.push_back(problem.batch());
   sizes.insert(sizes.end(), {problem.seqlen_q(), problem.num_heads(), problem.head_dim_v()});
-  return torch::stable::new_empty(q, sizes);
+  return torch::stable::new_empty(q, sizes, dtype);
 }
 
 // (parts,) batch, heads, seqlen_q, or packed
@@ -45,6 +48,16 @@ Tensor new_lse(const FwdProblem& problem, const Tensor& q) {
   if (!problem.packed()) sizes.push_back(problem.batch());
   sizes.insert(sizes.end(), {problem.num_heads(), problem.seqlen_q()});
   return torch::stable::new_empty(q, sizes, torch::headeronly::ScalarType::Float);
+}
+
+void fill_results(FwdParams* params, const FwdProblem& problem, const Tensor& out, const Tensor& lse, const Tensor& max_logit) {
+  params->out = out.data_ptr();
+  params->lse = static_cast<float*>(lse.data_ptr());
+  params->max_logit = max_logit.numel() > 0 ? static_cast<float*>(max_logit.data_ptr()) : nullptr;
+  params->out_strides = row_strides_of(out);
+  params->lse_strides = {.batch = problem.packed() ? 0 : lse.stride(lse.dim() - 3), .row = 1, .head = problem.seqlen_q()};
+  params->out_split_stride = problem.num_parts > 0 ? out.stride(0) : 0;
+  params->lse_split_stride = problem.num_parts > 0 ? lse.stride(0) : 0;
 }
 
 // Rows of q that no sequence shows: out 0, lse -inf.
@@ -66,13 +79,11 @@ void fill_unused_rows(const FwdParams& params, const DeviceInfo& device, cudaStr
   FX_CUDA_CHECK(find_fill_unused(variant->name)(fill, stream), variant->name);
 }
 
-}  // namespace
-
 FwdResults launch_fwd(const AttentionInputs& inputs, const FwdProblem& problem, const FwdPlan& plan, const DeviceInfo& device,
                       bool return_max_logit, const BlockListParams& blocks, OpMemory& memory) {
   const Tensor& q = inputs.q;
   const Tensor q_rows = with_aligned_rows(q), k_rows = with_aligned_rows(inputs.k), v_rows = with_aligned_rows(inputs.v);
-  Tensor out = new_out(problem, q), lse = new_lse(problem, q);
+  Tensor out = new_out(problem, q, q.scalar_type()), lse = new_lse(problem, q);
   Tensor max_logit = new_float32(q, {return_max_logit ? problem.num_heads() : 0});
   const LaunchScope scope(q);
   if (return_max_logit) torch::stable::fill_(max_logit, -std::numeric_limits<double>::infinity());
@@ -88,14 +99,7 @@ FwdResults launch_fwd(const AttentionInputs& inputs, const FwdProblem& problem, 
 
   FwdParams params{};
   fill_attention_params(&params, inputs, problem, q_rows, k_rows, v_rows);
-  params.out = out.data_ptr();
-  params.lse = static_cast<float*>(lse.data_ptr());
-  params.max_logit = return_max_logit ? static_cast<float*>(max_logit.data_ptr()) : nullptr;
-  params.out_strides = row_strides_of(out);
-  const int64_t lse_dims = lse.dim();
-  params.lse_strides = {.batch = problem.packed() ? 0 : lse.stride(lse_dims - 3), .row = 1, .head = problem.seqlen_q()};
-  params.out_split_stride = problem.num_parts > 0 ? out.stride(0) : 0;
-  params.lse_split_stride = problem.num_parts > 0 ? lse.stride(0) : 0;
+  fill_results(&params, problem, out, lse, max_logit);
   params.num_splits = plan.num_splits;
   std::copy(inputs.split_boundaries.begin(), inputs.split_boundaries.end(), params.split_boundaries);
   params.heads_per_tile = plan.heads_per_tile;

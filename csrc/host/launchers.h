@@ -6,7 +6,9 @@
 #include <string_view>
 
 #include "common/kvcache_params.h"
+#include "common/fp8_params.h"
 #include "common/params.h"
+#include "common/quantize_params.h"
 
 namespace flash_ext {
 
@@ -20,6 +22,8 @@ using BwdPreprocessLauncher = cudaError_t (*)(const BwdPreprocessParams&, cudaSt
 using AppendKvLauncher = cudaError_t (*)(const AppendKvParams&, cudaStream_t);
 using FwdCacheLauncher = cudaError_t (*)(const FwdCacheParams&, cudaStream_t);
 using CombineLauncher = cudaError_t (*)(const CombineParams&, cudaStream_t);
+using FwdFp8Launcher = cudaError_t (*)(const FwdFp8Params&, cudaStream_t);
+using QuantizeFp8Launcher = cudaError_t (*)(const QuantizeFp8Params&, cudaStream_t);
 
 // Null when this build holds no such variant.
 FwdLauncher find_fwd(std::string_view variant);
@@ -33,5 +37,7 @@ AppendKvLauncher find_append_kv(std::string_view variant);
 CombineLauncher find_combine(std::string_view variant);
 FwdCacheLauncher find_fwd_cache(std::string_view variant);
 FwdCacheLauncher find_fwd_cache_gather(std::string_view variant);
+FwdFp8Launcher find_fwd_fp8(std::string_view variant);
+QuantizeFp8Launcher find_quantize_fp8(std::string_view variant);
 
 }  // namespace flash_ext

@@ -1,4 +1,4 @@
-// The op bodies. Schemas, shapes and errors: flash_ext/ops.py, kvcache.py.
+// The op bodies. Schemas, shapes and errors: flash_ext/ops.py, kvcache.py, quantize.py, fp8.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -30,6 +30,14 @@ std::tuple<Tensor, Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, FX_INPUT_PA
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q,
                                                        Tensor k, Tensor v, Tensor out, Tensor lse, FX_INPUT_PARAMETERS,
                                                        bool deterministic, int64_t wanted, std::optional<std::string> backend);
+
+// out, lse, max_logit; flash_ext/fp8.py
+std::tuple<Tensor, Tensor, Tensor> fwd_fp8(Tensor q, Tensor k, Tensor v, FX_INPUT_PARAMETERS, std::optional<Tensor> q_descale,
+                                           std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
+                                           torch::headeronly::ScalarType out_dtype, int64_t flush_every, bool return_max_logit,
+                                           std::optional<std::string> backend);
+
+std::tuple<Tensor, Tensor> quantize_fp8(Tensor x, std::string scale, bool hadamard, std::optional<Tensor> cu_seqlens);
 
 std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, std::optional<Tensor> dlse);
 

@@ -45,6 +45,8 @@ bool device_runs(const DeviceInfo& device, int arch) {
 
 // The least general mask that the options come to. Sides that hide no key are unbounded, and an unbounded left side with
 // right = 0 is the causal mask. Lengths of packed sequences are not known, only that of all together.
+}  // namespace
+
 Mask mask_of(const FwdProblem& problem) {
   if (problem.block_mask) return Mask::k_blocks;
   const bool left = problem.window_left >= 0 && problem.window_left < problem.seqlen_k() - 1;
@@ -57,6 +59,8 @@ Mask mask_of(const FwdProblem& problem) {
 Score score_of(const FwdProblem& problem) {
   return problem.softcap > 0 || problem.alibi || problem.k_bias ? Score::k_modified : Score::k_plain;
 }
+
+namespace {
 
 // What a call asks of a row. A more general row can stand in: of mask and score, never of the dtype.
 struct Wanted {
@@ -170,14 +174,16 @@ int64_t bwd_workspace_bytes(const FwdProblem& problem, const Variant& row, bool 
   return 4 * rows * (2 + column_blocks * kDqBlockColumns) + (deterministic ? 4 * rows / kDqBlockRows * column_blocks : 0);
 }
 
-void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device, Op op) {
+}  // namespace
+
+void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device, Op op, bool packs_heads) {
   plan->num_splits = static_cast<int>(std::max<int64_t>(1, problem.num_parts));
   int64_t items;
   if (op == Op::k_bwd) {
     items = num_key_items(problem, plan->variant->block_n);
     plan->workspace_bytes = bwd_workspace_bytes(problem, *plan->variant, problem.deterministic);
   } else {
-    plan->heads_per_tile = heads_per_tile(problem, *plan->variant);
+    plan->heads_per_tile = packs_heads ? heads_per_tile(problem, *plan->variant) : 1;
     items = num_items(problem, plan->variant->block_m / plan->heads_per_tile, plan->heads_per_tile);
   }
   // Hopper's kernels are persistent, a CTA an SM; the others take one item a CTA.
@@ -197,10 +203,12 @@ void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& dev
 // must be too; offsets are 64-bit.
 constexpr int64_t kMaxItems = (int64_t{1} << 30) - 512;
 
-bool sizes_fit(const FwdProblem& problem) {
+bool kernel_sizes_fit(const FwdProblem& problem) {
   constexpr int kFewestRows = 64;  // of a tile
   return num_items(problem, kFewestRows, 1) < kMaxItems && problem.seqlen_q() < kMaxItems && problem.seqlen_k() < kMaxItems;
 }
+
+namespace {
 
 FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op op, const char* direction) {
   FwdPlan plan;
@@ -215,13 +223,13 @@ FwdPlan plan_attention(const FwdProblem& problem, const DeviceInfo& device, Op o
         reasons.push_back("needs compute capability " + capability(backend.arch) +
                           (backend.arch == 90 ? "" : " or later") + ", this GPU has " + capability(device.arch));
       }
-      if (!sizes_fit(problem)) reasons.push_back("batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers");
+      if (!kernel_sizes_fit(problem)) reasons.push_back("batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers");
     }
     const bool wanted = problem.backend.empty() || problem.backend == backend.name;
     if (reasons.empty() && wanted && plan.backend.empty()) {
       plan.backend = backend.name;
       plan.variant = row;
-      fill_launch(&plan, problem, device, op);
+      fill_launch(&plan, problem, device, op, /*packs_heads=*/true);
       continue;
     }
     if (reasons.empty()) reasons.push_back(wanted ? plan.backend + " is preferred" : "backend '" + problem.backend + "' was asked for");

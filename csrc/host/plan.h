@@ -33,6 +33,14 @@ struct FwdPlan {
 
 FwdPlan plan_fwd(const FwdProblem& problem, const DeviceInfo& device);
 
+// Pieces that plans share. The least general mask and score that a problem's options come to.
+Mask mask_of(const FwdProblem& problem);
+Score score_of(const FwdProblem& problem);
+// Grid, copies and parts of a plan that has its variant. packs_heads: query heads of one KV head may share a tile.
+void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device, Op op, bool packs_heads);
+// Whether the kernels' 32-bit numbers hold the call's items and rows.
+bool kernel_sizes_fit(const FwdProblem& problem);
+
 // The same question for the backward.
 FwdPlan plan_bwd(const FwdProblem& problem, const DeviceInfo& device);
 
@@ -55,5 +63,17 @@ const Variant* plan_mask_blocks(const DeviceInfo& device);
 
 // The steps around attention over a KV cache: the variant of an op whose rows differ in head_dim_v alone, or null.
 const Variant* plan_kvcache_step(Op op, ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device);
+
+// What an FP8 forward needs beside the problem.
+struct Fp8Options {
+  bool block_scales = false;  // of k or v, a scale for every 64 rows
+  bool flushes = true;
+  bool whole_blocks = true;    // parts of the keys begin with one
+  bool shared_q_scale = true;  // by the query heads of a KV head, and by all rows
+};
+FwdPlan plan_fwd_fp8(const FwdProblem& problem, const Fp8Options& options, const DeviceInfo& device);
+
+// The variant that makes an e4m3 copy of a tensor, or null when this build or device has none.
+const Variant* plan_quantize_fp8(ScalarType dtype, int64_t head_dim, const DeviceInfo& device);
 
 }  // namespace flash_ext

@@ -6,6 +6,7 @@ int element_size(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::kFloat64: return 8;
     case ScalarType::kFloat32: return 4;
+    case ScalarType::kFloat8E4m3: return 1;
     default: return 2;
   }
 }
@@ -15,6 +16,7 @@ const char* dtype_name(ScalarType dtype) {
     case ScalarType::kFloat64: return "float64";
     case ScalarType::kFloat32: return "float32";
     case ScalarType::kBFloat16: return "bfloat16";
+    case ScalarType::kFloat8E4m3: return "float8_e4m3fn";
     default: return "float16";
   }
 }
@@ -32,6 +34,8 @@ const char* op_name(Op op) {
     case Op::k_combine: return "combine";
     case Op::k_fwd_cache: return "fwd_cache";
     case Op::k_fwd_cache_gather: return "fwd_cache_gather";
+    case Op::k_quantize_fp8: return "quantize_fp8";
+    case Op::k_fwd_fp8: return "fwd_fp8";
   }
   return "";
 }

@@ -27,7 +27,7 @@ struct FwdProblem {
   double softmax_scale = 1.0;
   double softcap = 0.0;  // 0: off
   bool deterministic = false;  // of the backward
-  bool sinks = false, alibi = false, k_bias = false;
+  bool sinks = false, alibi = false, k_bias = false, leftpad = false;
   bool block_mask = false;  // which keys are seen is told by lists, and causal and windows are part of them
   std::string backend;   // empty: the planner chooses
 

@@ -8,7 +8,7 @@
 
 namespace flash_ext {
 
-enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
+enum class ScalarType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool, kFloat8E4m3 };
 
 enum class Op : uint8_t {
   k_fwd,
@@ -21,7 +21,9 @@ enum class Op : uint8_t {
   k_append_kv,
   k_combine,
   k_fwd_cache,
-  k_fwd_cache_gather
+  k_fwd_cache_gather,
+  k_quantize_fp8,
+  k_fwd_fp8
 };
 
 // In the order of generality: a mask can stand in for every one before it; but k_blocks, which needs lists, for none.
@@ -43,6 +45,7 @@ struct Variant {
   int block_m;
   int block_n;
   int smem_bytes;  // what a CTA of the device must be allowed, where rows differ in that; 0: every device has enough
+  const char* kind;  // what tells apart rows that are otherwise alike, '' where there are none
 };
 
 const char* op_name(Op op);

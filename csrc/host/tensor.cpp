@@ -32,6 +32,7 @@ ScalarType scalar_type_of(const Tensor& tensor) {
     case TorchType::BFloat16: return ScalarType::kBFloat16;
     case TorchType::Float: return ScalarType::kFloat32;
     case TorchType::Double: return ScalarType::kFloat64;
+    case TorchType::Float8_e4m3fn: return ScalarType::kFloat8E4m3;
     default: fail("attention: q.dtype must be bfloat16, float16, float32 or float64");
   }
 }
@@ -93,6 +94,7 @@ FwdProblem problem_from_inputs(const AttentionInputs& inputs, const std::optiona
                      .sinks = inputs.sinks.has_value(),
                      .alibi = inputs.alibi_slopes.has_value(),
                      .k_bias = inputs.k_bias.has_value(),
+                     .leftpad = inputs.leftpad_q.has_value() || inputs.leftpad_k.has_value(),
                      .backend = backend.value_or("")};
   const auto check_equal = [](int64_t a, int64_t b, const char* what) {
     FX_CHECK(a == b, "attention: ", what, ", got ", a, " and ", b);

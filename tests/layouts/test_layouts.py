@@ -117,3 +117,27 @@ def test_policies(tmp_path: Path, cuda_includes: list[Path]) -> None:
 def test_a_wrong_policy_is_noticed(tmp_path: Path, cuda_includes: list[Path], name: str, old: str, new: str) -> None:
     status, _ = run(tmp_path, "policies.cpp", cuda_includes, {name: (old, new)})
     assert status != 0
+
+
+FP8_MISTAKES = {
+    "fp8_layout.cuh": (
+        ("8 * (x >> 1) + 2 * q + (x & 1)", "4 * q + x"),
+        ("2 * (n % 8) + n % 16 / 8", "n % 16"),
+        ("8 * (matrix & 1) + lane % 8", "8 * (matrix >> 1) + lane % 8"),
+        ("4 * (column & 1) + 2 * half + (column >> 1)", "4 * (column >> 1) + 2 * half + (column & 1)"),
+    ),
+    "quantize_params.h": (("x >> 27", "x >> 28"),),
+}
+
+
+def test_the_maps_of_the_fp8_forward(tmp_path: Path, cuda_includes: list[Path]) -> None:
+    status, output = run(tmp_path, "fp8_layout.cpp", cuda_includes, {})
+    assert status == 0, output[:4000]
+
+
+@pytest.mark.parametrize("name,old,new", [(n, *edit) for n, edits in FP8_MISTAKES.items() for edit in edits])
+def test_a_wrong_map_of_the_fp8_forward_is_noticed(
+    name: str, old: str, new: str, tmp_path: Path, cuda_includes: list[Path]
+) -> None:
+    status, _ = run(tmp_path, "fp8_layout.cpp", cuda_includes, {name: (old, new)})
+    assert status != 0

@@ -1,0 +1,24 @@
+// What crosses to the FP8 forward, beside FwdParams.
+#pragma once
+
+#include "common/params.h"
+
+namespace flash_ext {
+
+// Scales of one tensor, float32, as flash_ext.quantize_fp8 returns them: data[sequence * batch_stride + head /
+// heads_per_scale * head_stride + block * block_step], block counting 64 rows of the sequence, for packed sequences from
+// its first slot (seqlens.cuh) in place of sequence * batch_stride. Strides of 0 share a scale; null: 1.
+struct Descale {
+  const float* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int heads_per_scale;
+  int block_step;  // 1, or 0
+};
+
+struct FwdFp8Params : FwdParams {  // q, k, v: e4m3, strides in bytes; out: bf16 or fp16
+  Descale q_descale, k_descale, v_descale;
+  bool out_is_fp16;
+};
+
+}  // namespace flash_ext

@@ -1,0 +1,648 @@
+// Hopper FP8 forward: out = softmax(scale * Q K^T) V of e4m3 operands with scales, and its log-sum-exp. docs/fp8.md.
+//
+// As sm90/fwd.cuh: a persistent CTA, warpgroup 0 the producer, the others own 64 rows of Q each. What differs: wgmma takes
+// 8-bit operands only K-major, so three warps of the producer transpose each tile of V in shared memory (fp8_layout.cuh);
+// the weights are e4m3 too; and the tensor cores' sums hold 14 bits, so that with kFlushes the product P V of each tile is
+// added to float32 registers. Where registers lack for S and P V in flight together (kOverlaps is false), only the two
+// warpgroups overlap.
+#pragma once
+
+#include <cstddef>
+
+#include "common/fp8_layout.cuh"
+#include "common/fp8_params.h"
+#include "common/masks.cuh"
+#include "common/math.cuh"
+#include "common/outputs.cuh"
+#include "common/scheduler.cuh"
+#include "common/scores.cuh"
+#include "common/seqlens.cuh"
+#include "common/softmax_fp8.cuh"
+#include "common/swizzle.cuh"
+#include "common/tiles.cuh"
+#include "common/work.cuh"
+#include "host/tma.h"
+#include "sm90/barriers.h"
+#include "sm90/copies.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/primitives.cuh"
+#include "sm90/wgmma_fp8.cuh"
+
+namespace flash_ext::sm90::fp8 {
+
+constexpr int kThreadsPerWarpgroup = 128;
+constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kRowsPerScale = 64;
+static_assert(kRowsPerScale == kRowsPerWarpgroup, "a warpgroup's queries share a scale");
+
+// Where P V is summed up. Flushed: in the tensor cores within a tile, across tiles in float32 registers.
+struct Flushed {
+  static constexpr bool kFlushes = true;
+};
+struct Unflushed {
+  static constexpr bool kFlushes = false;
+};
+
+// One scale for a head's keys and values, or one for every 64 of them.
+struct HeadScales {
+  static constexpr bool kPerBlock = false;
+};
+struct BlockScales {
+  static constexpr bool kPerBlock = true;
+};
+
+// Keys of a tile; column parts of P V that are computed one after the other; whether S of the next tile is computed along
+// with P V. Registers decide: S, P, and O once or, flushed, twice; modified scores need more of them.
+template <int kHeadDim, class Score, class Sums>
+struct Tile {
+  static constexpr bool kFlushes = Sums::kFlushes, kScored = Score::kModifies;
+  static constexpr int kParts = kFlushes && kHeadDim > 192 ? (kScored ? 4 : 2) : 1;
+  static constexpr bool kOverlaps = !kFlushes || (kHeadDim < 192 && !kScored);
+  static constexpr int kBlockN = kHeadDim > 128 ? (kScored ? 64 : 128) : !kFlushes ? 224 : kHeadDim == 64 ? 192 : 128;
+};
+
+template <int kHeadDim_, class Mask_, class Score_, class Scales_, class Sums_>
+struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
+  using Mask = Mask_;
+  using Score = Score_;
+  using Tiles = RangeTiles<Mask>;
+  using Shape = Tile<kHeadDim_, Score_, Sums_>;
+  static constexpr int kHeadDim = kHeadDim_;  // the largest of head_dim and head_dim_v: TMA fills other columns with zeros
+  static constexpr int kBlockM = 128;
+  static constexpr int kNumConsumers = kBlockM / kRowsPerWarpgroup;
+  static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
+  static constexpr int kMinBlocksPerSm = 1;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStages = 2;
+  static constexpr int kTileRowBytes = num_byte_slabs(kHeadDim) * kSlabBytes;
+  static constexpr int kQueryTileBytes = kBlockM * kTileRowBytes;
+  static constexpr int kKeyTileBytes = Shape::kBlockN * kTileRowBytes;
+  static constexpr int kTransposedTileBytes = num_byte_slabs(Shape::kBlockN) * kHeadDim * kSlabBytes;
+  // Columns of S with one scale.
+  static constexpr int kSegments = Scales_::kPerBlock ? Shape::kBlockN / kRowsPerScale : 1;
+
+  static_assert(Shape::kBlockN % kKeysPerStep == 0 && kHeadDim % 32 == 0, "tiles are made of whole wgmma");
+  static_assert(!Scales_::kPerBlock || Shape::kBlockN % kRowsPerScale == 0, "a tile begins with a block of scales");
+};
+
+template <class Config>
+struct SharedStorage {
+  alignas(kSwizzleGroupBytes) uint8_t q[Config::kQueryTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t k[Config::kStages][Config::kKeyTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t v[Config::kStages][Config::kKeyTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t v_transposed[Config::kStages][Config::kTransposedTileBytes];
+  // full: TMA. empty: all consumer warps (q, k), all transposing warps (v).
+  RingBarriers<1> q_ring;
+  RingBarriers<Config::kStages> k_ring;
+  RingBarriers<Config::kStages> v_ring;
+  // full: one arrival of each transposing warp. empty: one of each consumer warp.
+  uint64_t transposed_full[Config::kStages];
+  uint64_t transposed_empty[Config::kStages];
+};
+
+// The items of one CTA in order, the same for every role, by converged warps: function(queries, tiles of keys).
+template <class Config, class Function>
+__device__ __forceinline__ void for_each_item(const FwdFp8Params& params, int lane, Function&& function) {
+  const Schedule& schedule = params.schedule;
+  for (int round = 0;; ++round) {
+    const int index = Schedule::index(round, blockIdx.x, gridDim.x);
+    if (index >= schedule.num_items()) return;
+    const QueryTile queries = warp_query_tile<Config::kBlockM>(params, schedule.item(index), lane);
+    if (!queries.exists()) continue;
+    function(queries, Config::Tiles::template key_tiles<Config::kBlockN>(
+                          typename Config::Mask(params.mask), queries.sequence, queries.first_position,
+                          queries.last_position(Config::kBlockM)));
+  }
+}
+
+// ---- producer: a thread of warp 0 copies, warps 1 to 3 transpose ----
+
+constexpr int kTransposingWarps = 3;
+
+template <class Config>
+__device__ __forceinline__ void produce(const FwdFp8Params& params, SharedStorage<Config>& shared) {
+  const bool elected = elect_one();
+  constexpr int kColumns = Config::kHeadDim / 2;  // as the maps count: pairs of e4m3
+  RingState<1> q_state;
+  RingState<Config::kStages> k_state, v_state;
+
+  const auto copy_item = [&](const QueryTile& queries, const KeyTiles& tiles) {
+    if (tiles.num_tiles == 0) return;
+    const auto load = [&](auto& ring, auto& state, uint8_t* stages, const TmaTensor& tensor, int i) {
+      ring.begin_fill(state, Config::kKeyTileBytes);
+      load_rows<Config::kBlockN, kColumns>(tensor, &ring.full[state.stage], stages + state.stage * Config::kKeyTileBytes,
+                                           queries.sequence.k, tiles.n_block(i) * Config::kBlockN, queries.head_kv,
+                                           CacheHint::kEvictLast);
+      state.advance();
+    };
+    load(shared.k_ring, k_state, shared.k[0], params.k_tma, 0);
+    shared.q_ring.begin_fill(q_state, Config::kQueryTileBytes);
+    load_queries<Config::kBlockM, kColumns>(params.q_tma, &shared.q_ring.full[0], shared.q, queries, CacheHint::kEvictFirst);
+    q_state.advance();
+    // V is transposed before it is used: its copy runs as far ahead as that of K.
+    load(shared.v_ring, v_state, shared.v[0], params.v_tma, 0);
+    for (int i = 1; i < tiles.num_tiles; ++i) {
+      load(shared.k_ring, k_state, shared.k[0], params.k_tma, i);
+      load(shared.v_ring, v_state, shared.v[0], params.v_tma, i);
+    }
+  };
+  for_each_item<Config>(params, read_lane(), [&](const QueryTile& queries, const KeyTiles& tiles) {
+    if (elected) copy_item(queries, tiles);
+    __syncwarp();
+  });
+}
+
+// V (keys x columns) to its transposed tile: this warp's share of the units of 32 keys and 16 columns.
+template <class Config>
+__device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp, int lane) {
+  constexpr int kColumnUnits = Config::kHeadDim / 16;
+#pragma unroll 1
+  for (int unit = warp; unit < kColumnUnits; unit += kTransposingWarps) {
+    const uint32_t source = from + transpose_read_offset(Config::kBlockN, 0, unit, lane);
+#pragma unroll
+    for (int key_unit = 0; key_unit < Config::kBlockN / 32; ++key_unit) {
+      uint32_t pairs[4];  // of columns: keys 2 q, 2 q + 1 of each eight
+      ldmatrix_transposed(pairs, source + key_unit * 32 * kSlabBytes);
+      const uint32_t columns[4] = {__byte_perm(pairs[0], pairs[1], 0x6420), __byte_perm(pairs[0], pairs[1], 0x7531),
+                                   __byte_perm(pairs[2], pairs[3], 0x6420), __byte_perm(pairs[2], pairs[3], 0x7531)};
+      stmatrix(to + transpose_write_offset(Config::kHeadDim, key_unit, unit, lane), columns);
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void transpose(const FwdFp8Params& params, SharedStorage<Config>& shared, int warp) {
+  const int lane = threadIdx.x % 32;
+  RingState<Config::kStages> state;  // copies and transposed tiles have as many stages
+  for_each_item<Config>(params, lane, [&](const QueryTile&, const KeyTiles& tiles) {
+    for (int i = 0; i < tiles.num_tiles; ++i) {
+      shared.v_ring.wait_full(state);
+      mbarrier_wait(&shared.transposed_empty[state.stage], state.phase ^ 1);
+      transpose_values<Config>(shared_address(shared.v[state.stage]), shared_address(shared.v_transposed[state.stage]), warp,
+                               lane);
+      fence_async_proxy();  // each lane its own stores, before wgmma reads them
+      __syncwarp();
+      mbarrier_arrive_if(&shared.transposed_full[state.stage], lane == 0);
+      shared.v_ring.release(state, lane == 0);
+      state.advance();
+    }
+  });
+}
+
+// ---- consumers: 64 rows each ----
+
+// The scales of one head of a sequence. kBlocks: there may be one for each 64 rows.
+template <bool kBlocks>
+struct Scale {
+  const float* first;  // null: 1
+  int last;            // block of 64 rows that exists
+  int step;
+
+  // first_block: where the rows begin, for parts of the keys.
+  __device__ __forceinline__ Scale(const Descale& descale, const SeqlenParams& seqlens, int sequence, int head, int num_rows,
+                                   int first_block = 0)
+      : first(descale.data), last(max_of(0, num_rows - 1) / kRowsPerScale), step(kBlocks ? descale.block_step : 0) {
+    if (first == nullptr) return;
+    // Blocks of packed sequences stand on their line of slots.
+    const bool on_slots = step != 0 && seqlens.cu_seqlens != nullptr;
+    first += (on_slots ? first_slot(seqlens, sequence, kRowsPerScale) : sequence * descale.batch_stride) +
+             head / descale.heads_per_scale * descale.head_stride + first_block * step;
+  }
+  __device__ __forceinline__ float at(int block) const {
+    return first == nullptr ? 1.f : __ldg(first + (kBlocks ? min_of(block, last) * step : 0));
+  }
+};
+
+struct UnmaskedTile {
+  template <int kNumAcc>
+  __device__ __forceinline__ void hide(float (&)[kNumAcc]) const {}
+};
+template <int kNumAcc>
+struct MaskedTile {
+  typename HiddenBits<kNumAcc>::Word hidden[2];  // of the thread's rows
+  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const { hide_keys(acc_s, hidden); }
+};
+
+// Q, in place, for a scale that is not positive: the rows of one warpgroup, 16 bytes a thread at a time.
+template <class Config>
+__device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread, uint32_t keep, uint32_t flip) {
+  constexpr int kBytesPerSlab = kRowsPerWarpgroup * kSlabBytes;
+  for (int slab = 0; slab < num_byte_slabs(Config::kHeadDim); ++slab) {
+    const uint32_t start = q + slab * Config::kBlockM * kSlabBytes + warpgroup * kBytesPerSlab;
+    for (int offset = thread * 16; offset < kBytesPerSlab; offset += kThreadsPerWarpgroup * 16) {
+      uint32_t w[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                   : "r"(start + offset)
+                   : "memory");
+      for (uint32_t& word : w) word = (word & keep) ^ flip;
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                   ::"r"(start + offset), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                   : "memory");
+    }
+  }
+  fence_async_proxy();
+  named_barrier_sync(query_rewritten_by(warpgroup), kThreadsPerWarpgroup);
+}
+
+// Four neighbouring columns of a finished row.
+__device__ __forceinline__ uint2 pack_output(const float (&x)[4], bool fp16) {
+  if (fp16) return {pack_pair<__half>(x[0], x[1]), pack_pair<__half>(x[2], x[3])};
+  return {pack_pair<__nv_bfloat16>(x[0], x[1]), pack_pair<__nv_bfloat16>(x[2], x[3])};
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorage<Config>& shared, int warpgroup) {
+  using Score = typename Config::Score;
+  using Shared = SharedStorage<Config>;
+  constexpr int kNumAccS = Config::kBlockN / 2;
+  constexpr int kNumAccO = Config::kHeadDim / 2;
+  constexpr int kAccPerSegment = kNumAccS / Config::kSegments;
+  constexpr int kNumPartial = Config::kFlushes ? kNumAccO / Config::kParts : 1;
+  constexpr int kTurnThreads = 2 * kThreadsPerWarpgroup;
+  const int thread = threadIdx.x % kThreadsPerWarpgroup;
+  const int lane = thread % 32;
+  const bool elected = lane == 0;
+  const int warp_row = warpgroup * kRowsPerWarpgroup + thread / 32 * 16;  // within the tile of queries
+  // Shuffles whose results the compiler cannot derive again: see sm90/fwd.cuh.
+  const int my_index = __shfl_sync(0xffffffffu, threadIdx.x / kThreadsPerWarpgroup - 1, lane);
+  const int my_turn = turn_of(my_index);
+  const int next_turn = turn_of(my_index + 1 == Config::kNumConsumers ? 0 : my_index + 1);
+
+  const typename Config::Mask mask(params.mask);
+  const FoldedScale folded = fold_scale(params.score.softmax_scale);
+  constexpr uint32_t kQueries = offsetof(Shared, q) / 16;
+  constexpr uint32_t kKeys = offsetof(Shared, k) / 16, kKeyStage = sizeof(shared.k[0]) / 16;
+  constexpr uint32_t kValues = offsetof(Shared, v_transposed) / 16, kValueStage = sizeof(shared.v_transposed[0]) / 16;
+  const uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);
+  const uint32_t descriptor_high = kDescriptorHigh + (params.seqlens_k.num_rows >> 31);
+  const WgmmaDescriptor q_major{k_major_descriptor(base), kDescriptorHigh};
+  const WgmmaDescriptor kv_major{k_major_descriptor(base), descriptor_high};
+  const uint32_t q_step = warpgroup * (kRowsPerWarpgroup * kSlabBytes >> 4) + kQueries;
+
+  RingState<1> q_state;
+  RingState<Config::kStages> k_state, v_state;
+  float acc_s[kNumAccS];
+  float acc_o[kNumAccO];         // across tiles
+  float partial[kNumPartial];    // of one tile, where it is flushed
+  uint32_t p_regs[kNumAccS / 4];
+
+  // Asynchronous: accumulators and operands are taken until the matching wait.
+  const auto issue_scores = [&] {
+    const uint32_t k_step = kKeys + k_state.stage * kKeyStage;
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Config::kHeadDim / kKeysPerStep; ++step) {
+      WgmmaFp8<Config::kBlockN>::ss(acc_s, q_major.at(q_step + k_major_step(Config::kBlockM, step)),
+                                    kv_major.at(k_step + k_major_step(Config::kBlockN, step)), step > 0);
+    }
+    wgmma_commit();
+  };
+  const auto issue_output = [&](int part) {
+    constexpr int kRows = Config::kHeadDim / Config::kParts;
+    const uint32_t v_step = kValues + v_state.stage * kValueStage + part * (kRows * kSlabBytes >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Config::kBlockN / kKeysPerStep; ++step) {
+      const uint64_t v = kv_major.at(v_step + k_major_step(Config::kHeadDim, step));
+      if constexpr (Config::kFlushes) {
+        WgmmaFp8<kRows>::rs(partial, &p_regs[4 * step], v, step > 0);
+      } else {
+        WgmmaFp8<kRows>::rs(acc_o, &p_regs[4 * step], v, true);
+      }
+    }
+    wgmma_commit();
+  };
+  const auto wait_output = [&] {
+    wgmma_wait<0>();
+    if constexpr (Config::kFlushes) {
+      pin_registers(partial);
+    } else {
+      pin_registers(acc_o);
+    }
+  };
+  // acc_o of the columns of a part, times the rows' factors, plus the tile's product.
+  const auto flush = [&](const float (&factors)[2], int part) {
+#pragma unroll
+    for (int i = 0; i < kNumPartial; ++i) {
+      float& sum = acc_o[part * kNumPartial + i];
+      sum = fmaf(sum, factors[acc_half(i)], partial[i]);
+    }
+  };
+  const auto wait_transposed = [&] { mbarrier_wait(&shared.transposed_full[v_state.stage], v_state.phase); };
+  const auto release_transposed = [&] {
+    mbarrier_arrive_if(&shared.transposed_empty[v_state.stage], elected);
+    v_state.advance();
+  };
+
+  // The first turn is warpgroup 0's.
+  if (Config::kOverlaps && warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
+
+  for_each_item<Config>(params, lane, [&](const QueryTile& queries, const KeyTiles& tiles) {
+    const Sequence& sequence = queries.sequence;
+    OnlineSoftmaxFp8 softmax;
+#pragma unroll
+    for (float& x : acc_o) x = 0.f;
+    const int rows[2] = {warp_row + acc_row(lane, 0), warp_row + acc_row(lane, 1)};
+    const Score score(params.score, sequence.k, queries.index, queries.head_kv,
+                      {queries.head(rows[0]), queries.head(rows[1])});
+
+    // Parts of the keys begin with a block where there is more than one.
+    const int first_block = params.num_splits > 1 ? params.split_boundaries[queries.part] / kRowsPerScale : 0;
+    const Scale<true> q_scales(params.q_descale, params.seqlens_q, queries.index, queries.head(0), sequence.q.num_rows);
+    const Scale<Config::kPerBlock> k_scales(params.k_descale, params.seqlens_k, queries.index, queries.head_kv,
+                                            sequence.k.num_rows, first_block);
+    const Scale<Config::kPerBlock> v_scales(params.v_descale, params.seqlens_k, queries.index, queries.head_kv,
+                                            sequence.k.num_rows, first_block);
+    const float q_scale = (Score::kModifies ? 1.f : folded.log2_scale) *
+                          q_scales.at((queries.first_position + warpgroup * kRowsPerWarpgroup) / kRowsPerScale);
+    float scales[Config::kSegments];   // of q.k; log2 units where the score is plain
+    float weights[Config::kSegments];  // of weights, kPerBlock: V's scale relative to v_scale
+    float v_scale = 0.f;               // what acc_o is in units of; kPerBlock: the largest so far
+    if constexpr (!Config::kPerBlock) {
+      scales[0] = q_scale * k_scales.at(0);
+      v_scale = v_scales.at(0);
+    }
+    // Reads the scales of a tile; returns what acc_o is to be multiplied with because v_scale has grown.
+    const auto load_scales = [&](int n_block) {
+      if constexpr (Config::kPerBlock) {
+        const float before = v_scale;
+#pragma unroll
+        for (int segment = 0; segment < Config::kSegments; ++segment) {
+          scales[segment] = q_scale * k_scales.at(n_block * Config::kSegments + segment);
+          weights[segment] = v_scales.at(n_block * Config::kSegments + segment);
+          v_scale = fmaxf(v_scale, weights[segment]);
+        }
+        const float inverse = __fdividef(1.f, v_scale);
+#pragma unroll
+        for (float& weight : weights) weight *= inverse;
+        return before * inverse;
+      } else {
+        return 1.f;
+      }
+    };
+    const auto round_weights = [&] {
+      if constexpr (Config::kPerBlock) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; ++i) acc_s[i] *= weights[i / kAccPerSegment];
+      }
+#pragma unroll
+      for (int i = 0; i < kNumAccS / 4; ++i) {
+        const int a = fp8_operand_source(i / 4, i % 4, 0), b = fp8_operand_source(i / 4, i % 4, 1);
+        p_regs[i] = pack_e4m3(acc_s[a], acc_s[a + 1], acc_s[b], acc_s[b + 1]);
+      }
+    };
+    const auto masked_tile = [&](int n_block) {
+      MaskedTile<kNumAccS> tile;
+      const int first_key = n_block * Config::kBlockN + acc_first_col(lane);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int position = queries.position(rows[half]);
+        const int end = mask.visible_end(position, sequence) - first_key;
+        tile.hidden[half] = Config::Tiles::kMaskedLeft
+                                ? HiddenBits<kNumAccS>::outside(mask.visible_begin(position, sequence) - first_key, end)
+                                : HiddenBits<kNumAccS>::from(end);
+      }
+      return tile;
+    };
+    using Biases = typename Score::template Tile<Config::kBlockN>;
+
+    float factors[2];  // of acc_o: what the softmax and V's scale of the latest tile ask for, not yet applied
+    const auto take_scores = [&](const auto& tile, const Biases& biases, int n_block, float growth) {
+      pin_registers(acc_s);
+      shared.k_ring.release(k_state, elected);
+      k_state.advance();
+      float rescale[2];
+      if constexpr (Score::kModifies) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; ++i) acc_s[i] *= scales[i / kAccPerSegment];
+        const int from = sequence.diagonal - n_block * Config::kBlockN - acc_first_col(lane);
+        score.template modify<Config::kBlockN>(
+            acc_s, biases, {queries.position(rows[0]) + from, queries.position(rows[1]) + from}, lane);
+        tile.hide(acc_s);
+        const float one[1] = {1.f};
+        softmax.update(acc_s, one, rescale);
+      } else {
+        tile.hide(acc_s);
+        softmax.update(acc_s, scales, rescale);
+      }
+      if constexpr (Config::kPerBlock) {
+        rescale[0] *= growth;
+        rescale[1] *= growth;
+      }
+      return make_float2(rescale[0], rescale[1]);
+    };
+    // A tile's scores and softmax with nothing else in flight.
+    const auto take_alone = [&](const auto& tile, int n_block) {
+      const float growth = load_scales(n_block);
+      const Biases biases = score.template load_tile<Config::kBlockN>(sequence.k, n_block, lane);
+      shared.k_ring.wait_full(k_state);
+      issue_scores();
+      wgmma_wait<0>();
+      const float2 rescale = take_scores(tile, biases, n_block, growth);
+      factors[0] = rescale.x;
+      factors[1] = rescale.y;
+      round_weights();
+    };
+    // One tile of keys: its scores and softmax, while the previous tile's P V runs.
+    const auto overlapped_step = [&](const auto& tile, int n_block) {
+      const float growth = load_scales(n_block);
+      const Biases biases = score.template load_tile<Config::kBlockN>(sequence.k, n_block, lane);
+      shared.k_ring.wait_full(k_state);
+      named_barrier_sync(my_turn, kTurnThreads);
+      issue_scores();
+      wait_transposed();
+      issue_output(0);
+      named_barrier_arrive(next_turn, kTurnThreads);
+      wgmma_wait<1>();
+      const float2 rescale = take_scores(tile, biases, n_block, growth);
+      complete_before_wait(softmax.row_sum[0] + softmax.row_sum[1]);
+      wait_output();
+      pin_registers(acc_s);
+      release_transposed();
+      round_weights();
+      if constexpr (Config::kFlushes) {
+        flush(factors, 0);
+        factors[0] = rescale.x;
+        factors[1] = rescale.y;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kNumAccO; ++i) acc_o[i] *= acc_half(i) ? rescale.y : rescale.x;
+      }
+    };
+    // One tile from its scores to P V, for kernels without room for two products.
+    const auto whole_step = [&](const auto& tile, int n_block) {
+      take_alone(tile, n_block);
+      wait_transposed();
+#pragma unroll
+      for (int part = 0; part < Config::kParts; ++part) {
+        issue_output(part);
+        wait_output();
+        flush(factors, part);
+      }
+      release_transposed();
+    };
+    const auto step = [&](const auto& tile, int n_block) {
+      if constexpr (Config::kOverlaps) {
+        overlapped_step(tile, n_block);
+      } else {
+        whole_step(tile, n_block);
+      }
+    };
+
+    if (tiles.num_tiles > 0) {
+      shared.q_ring.wait_full(q_state);
+      if (!Score::kModifies && folded.changes_q()) {
+        rewrite_q<Config>(shared_address(shared.q), warpgroup, thread, folded.q_keep_bits,
+                          folded.q_flip_bits != 0 ? 0x80808080u : 0);
+      }
+      if constexpr (Config::kOverlaps) {
+        take_alone(masked_tile(tiles.n_block(0)), tiles.n_block(0));
+      } else {
+        step(masked_tile(tiles.n_block(0)), tiles.n_block(0));
+      }
+      int i = 1;
+      const auto masked_until = [&](int end) {
+        for (; i < end; ++i) step(masked_tile(tiles.n_block(i)), tiles.n_block(i));
+      };
+      const auto unmasked_until = [&](int end) {
+        for (; i < end; ++i) step(UnmaskedTile{}, tiles.n_block(i));
+      };
+      if constexpr (Config::Tiles::kMaskedLeft) {
+        // Masked, unmasked, masked; the code of the masked loop stands once.
+        for (int end = tiles.num_masked;; end = tiles.num_tiles) {
+          masked_until(end);
+          if (i >= tiles.num_tiles) break;
+          unmasked_until(tiles.full_end);
+        }
+      } else {
+        if constexpr (Config::Tiles::kManyMasked) masked_until(tiles.num_masked);
+        unmasked_until(tiles.num_tiles);
+      }
+      shared.q_ring.release(q_state, elected);
+      q_state.advance();
+      if constexpr (Config::kOverlaps) {
+        wait_transposed();
+        issue_output(0);
+        wait_output();
+        release_transposed();
+        if constexpr (Config::kFlushes) flush(factors, 0);
+      }
+    }
+
+    float normalise[2], lse[2], largest[2], sinks[2] = {-INFINITY, -INFINITY};
+    if (params.sinks != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (queries.holds(rows[half])) sinks[half] = params.sinks[queries.head(rows[half])];
+      }
+    }
+    softmax.finish(sinks, normalise, lse, largest);
+    if (params.max_logit != nullptr) store_max_logit(params.max_logit, queries, warp_row, largest, lane);
+    DenseOutput<uint16_t> output(params, queries, warp_row);
+    output.store_lse(lse, lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!queries.holds(rows[half])) continue;
+      const bool empty = normalise[half] == 0.f;  // the hidden values that met its zero weights may have been NaN
+      const float factor = normalise[half] * v_scale;
+      uint16_t* out = output.out + queries.position(rows[half]) * output.row_stride +
+                      queries.head_in_group(rows[half]) * output.head_stride + 4 * (lane % 4);
+#pragma unroll
+      for (int group = 0; group < Config::kHeadDim / 16; ++group) {
+        if (group * 16 >= params.head_dim_v) break;
+        float x[4];
+#pragma unroll
+        for (int column = 0; column < 4; ++column) {
+          x[column] = empty ? 0.f : acc_o[fp8_output_source(group, half, column)] * factor;
+        }
+        *reinterpret_cast<uint2*>(out + group * 16) = pack_output(x, params.out_is_fp16);
+      }
+    }
+  });
+
+  // Takes the last signal of the ring, so that every arrival has met its wait.
+  if (Config::kOverlaps && warpgroup == 0) named_barrier_sync(my_turn, kTurnThreads);
+}
+
+template <class Config>
+__device__ __forceinline__ void flash_fwd_fp8_sm90(const FwdFp8Params& params) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+
+  if (warp == 0 && elect_one()) {
+    prefetch_tensor_map(params.q_tma.map);
+    if (params.seqlens_k.num_rows > 0) {
+      prefetch_tensor_map(params.k_tma.map);
+      prefetch_tensor_map(params.v_tma.map);
+    }
+    shared.q_ring.init(1, Config::kNumConsumers * 4);
+    shared.k_ring.init(1, Config::kNumConsumers * 4);
+    shared.v_ring.init(1, kTransposingWarps);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      mbarrier_init(&shared.transposed_full[stage], kTransposingWarps);
+      mbarrier_init(&shared.transposed_empty[stage], Config::kNumConsumers * 4);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    decrease_registers<Config::kProducerRegisters>();
+    if (warp == 0) {
+      produce<Config>(params, shared);
+    } else {
+      transpose<Config>(params, shared, warp - 1);
+    }
+  } else {
+    increase_registers<Config::kConsumerRegisters>();
+    consume<Config>(params, shared, warp / 4 - 1);
+  }
+}
+
+// kernel: the variant's entry, an instance of flash_fwd_fp8_sm90<Config>. Sizes, dtype and alignment have been checked.
+template <class Config, class Kernel>
+cudaError_t launch_fwd_fp8(Kernel* kernel, FwdFp8Params params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a Hopper CTA has at most 227 KB of shared memory");
+
+  if (params.batch == 0 || params.num_heads == 0 || params.seqlens_q.num_rows == 0) return cudaSuccess;
+  // Item numbers are ints, and the last round goes past the end: the planner has seen to it that they fit.
+  params.schedule = make_fwd_schedule(params, Config::kBlockM);
+
+  // Maps move pairs of e4m3 as 16-bit elements.
+  const auto spec = [&](const void* base, const RowStrides& strides, int rows, int heads, int columns, int box_rows) {
+    const int tensor_batch = params.seqlens_q.cu_seqlens != nullptr ? 1 : params.batch;
+    return TmaTensorSpec{base, {strides.batch / 2, strides.row / 2, strides.head / 2}, tensor_batch, rows, heads,
+                         columns / 2, box_rows};
+  };
+  const SeqlenParams& keys = params.seqlens_k;
+  cudaError_t status =
+      encode_tma_queries(&params.q_tma, spec(params.q, params.q_strides, params.seqlens_q.num_rows, params.num_heads,
+                                             params.head_dim, Config::kBlockM),
+                         params.num_heads / params.num_heads_kv, params.heads_per_tile);
+  // Without keys nothing is copied, and the maps of empty tensors do not exist.
+  if (keys.num_rows > 0) {
+    // Where a sequence, or a part of the keys, ends before the tensor does, what comes next must not meet a zero weight.
+    const bool ragged = keys.cu_seqlens != nullptr || keys.seqused != nullptr || params.num_splits > 1;
+    if (status == cudaSuccess) {
+      status = encode_tma_rows(&params.k_tma, spec(params.k, params.k_strides, keys.num_rows, params.num_heads_kv,
+                                                   params.head_dim, Config::kBlockN), ragged);
+    }
+    if (status == cudaSuccess) {
+      status = encode_tma_rows(&params.v_tma, spec(params.v, params.v_strides, keys.num_rows, params.num_heads_kv,
+                                                   params.head_dim_v, Config::kBlockN), ragged);
+    }
+  }
+  if (status != cudaSuccess) return status;
+
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(params.num_ctas), dim3(Config::kNumThreads), arguments,
+                          kSharedBytes, stream);
+}
+
+}  // namespace flash_ext::sm90::fp8
