@@ -133,8 +133,8 @@ def attention_partials(
 
     Args:
         split_boundaries: 2 to 65 ints, not decreasing, from 0 to seqlen_k. Equal neighbours make an empty part.
-        q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, k_bias, deterministic, backend: as
-            flash_ext.attention. Sinks belong to the merge.
+        q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, k_bias, deterministic, backend, q_descale,
+            k_descale, v_descale, out_dtype, flush_every, validate: as flash_ext.attention. Sinks belong to the merge.
 
     Returns:
         (outs, lses), both differentiable. outs: (parts, batch, seqlen_q, num_heads, head_dim_v), dtype of q. lses: (parts,

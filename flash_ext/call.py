@@ -57,7 +57,6 @@ class Call(NamedTuple):
             self.window_size[1], float(self.softcap), self.split_boundaries or (),
         )  # fmt: skip
 
-
     def inputs_with_block_mask(self) -> BlockMaskInputs:
         """The arguments of the ops that take a BlockMask; causal and window_size become part of it."""
         scale = self.softmax_scale

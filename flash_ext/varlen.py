@@ -60,6 +60,8 @@ def attention_varlen(
         validate: check the values of these tensors on a GPU too, which waits for it. On a CPU they are always checked.
             Unchecked wrong values are clamped: they never read or write outside the tensors.
         k_bias: (num_heads_kv, total_k) float32. alibi_slopes: (num_heads) or (batch, num_heads) float32.
+        q_descale, k_descale, v_descale, out_dtype, flush_every: for e4m3 tensors, as flash_ext.quantize_fp8 returns the scales
+            of packed ones.
         causal, softmax_scale, window_size, softcap, sinks, return_lse, return_max_logit, deterministic, backend: as
             flash_ext.attention.
 

@@ -21,7 +21,7 @@ struct BwdPostprocessConfig {
   static constexpr bool kScalarOrder = kScalarOrder_;
   static constexpr int kBlockM = kDqBlockRows;  // rows of a CTA
   static constexpr int kNumThreads = 128;
-  static constexpr int kMinBlocksPerSm = kScalarOrder ? 6 : 8;  // 32 loads in flight, or 8 of four floats
+  static constexpr int kMinBlocksPerSm = 6;  // 32 loads in flight, or 8 of four floats
 };
 
 template <class Config>

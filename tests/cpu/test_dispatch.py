@@ -35,9 +35,7 @@ def ptx_targets() -> dict[str, set[str]]:
 
 def runs(targets: set[str], capability: int) -> bool:
     """Whether a driver can compile one of these for the GPU: 'a' targets are for that architecture alone."""
-    return any(
-        int(target[3:-1]) == capability if target.endswith("a") else int(target[3:]) <= capability for target in targets
-    )
+    return any(int(target[3:-1]) == capability if target.endswith("a") else int(target[3:]) <= capability for target in targets)
 
 
 def test_every_row_is_in_the_library_as_ptx_of_its_group(ptx_targets: dict[str, set[str]]) -> None:
