@@ -49,7 +49,8 @@ LONG = (
 # What every row can do besides: rows of Q no tile of keys is visited for, packed sequences (more than one round of the search
 # for a slot, grouped heads in one tile, or a tile for each head), parts of the keys.
 KINDS = (
-    {}, {"causal": True}, {"window_size": (70, 20)}, {"window_size": (70, 20), "alibi": "heads", "k_bias": "hidden", "softcap": 5.0},
+    {}, {"causal": True}, {"window_size": (70, 20)},
+    {"window_size": (70, 20), "alibi": "heads", "k_bias": "hidden", "softcap": 5.0},
 )  # fmt: skip
 ALL_DIMS = ((64, 64), (128, 128), *MORE_DIMS)
 SHOWN = {
@@ -95,7 +96,8 @@ ODD = tuple(
     Case("zero_fill", 150, 190, batch=1, num_heads_kv=1, head_dim=d, head_dim_v=d_v, causal=n % 2 == 0, layout="padded")
     for n, (d, d_v) in enumerate(ODD_DIMS)
 )
-COVERED = {c.name: c for c in (*cases.CASES.values(), *LONG, *ROWS, *BEYOND_CAUSAL, *ODD) if planned(c, torch.bfloat16).backend == BACKEND}
+ALL = (*cases.CASES.values(), *LONG, *ROWS, *BEYOND_CAUSAL, *ODD)
+COVERED = {c.name: c for c in ALL if planned(c, torch.bfloat16).backend == BACKEND}
 if not COVERED:
     pytest.skip(f"no forward kernel for {ARCH} yet", allow_module_level=True)
 

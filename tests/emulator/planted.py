@@ -77,15 +77,20 @@ SURVIVORS = (
     ),
     Survivor(
         "drop_barrier",
-        "if (warpgroup == 0) named_barrier_sync(my_turn",
+        "if (kTakesTurns && warpgroup == 0) named_barrier_sync(my_turn",
         "takes a turn that is left over when the CTA ends: nothing comes after it",
     ),
     Survivor(
         "drop_warp_sync",
         "__syncwarp();",
-        "after the last slab, output staged in Q: the __syncwarp behind the proxy fences orders the same reads",
-        "d192_ d256_",
-        after="store_16_bytes_if",
+        "after the last slab: the __syncwarp behind the proxy fences, or that of the next item's note, orders the same reads",
+        after="lane % 8 * 8, words",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "the producer's idle lanes may run ahead to the next item, whose look-up makes them converge",
+        after="copy_item(queries, tiles)",
     ),
     Survivor(
         "drop_warp_sync",
@@ -104,7 +109,7 @@ SURVIVORS = (
         "skip_wait",
         "shared.q_ring.begin_fill",
         "with two stages of Q, the wait of load_k(0) just before implies that the item two back has used its Q",
-        "d96_causal d128_causal",
+        "d96_causal d128_causal d96_local d128_local",
     ),
     Survivor(
         "wrong_barrier",
@@ -260,10 +265,14 @@ def attention_call(kernel: str) -> Callable[[], list[Any]]:
         q, k = tensor(seqlen_q, heads, dims[0]), tensor(seqlen_k, heads_kv, dims[0])
         tensors = q, k, tensor(seqlen_k, heads_kv, dims[-1])
         calls.append((tensors, {"softmax_scale": scale, **options_of(mask, scored, heads, (1, heads_kv, seqlen_k))}))
+    if mask == "local":  # windows of 0, which are bounded
+        q, k, v = (tensor(200, heads, dim) for heads, dim in ((2, dims[0]), (1, dims[0]), (1, dims[-1])))
+        calls.append(((q, k, v), {**options_of(mask, bool(scored), 2, (1, 1, 200)), "window_size": (0, 0)}))
     for lengths in PACKED:
         boundaries = [torch.tensor([0, *side]).cumsum(0).int() for side in zip(*lengths, strict=True)]
         total_q, total_k = (int(ends[-1]) for ends in boundaries)
-        q, k, v = (tensor(rows, heads, dim)[0] for rows, heads, dim in ((total_q, 2, dims[0]), (total_k, 1, dims[0]), (total_k, 1, dims[-1])))
+        shapes = (total_q, 2, dims[0]), (total_k, 1, dims[0]), (total_k, 1, dims[-1])
+        q, k, v = (tensor(*shape)[0] for shape in shapes)
         options = options_of(mask, scored, 2, (1, total_k))
         calls.append(((q, k, v), {"cu_seqlens_q": boundaries[0], "cu_seqlens_k": boundaries[1], "sinks": torch.ones(2), **options}))
 
