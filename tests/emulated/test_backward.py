@@ -14,7 +14,7 @@ import flash_ext
 from flash_ext import _emulator, env
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "emulator"))
-import mutate  # noqa: E402
+import mutate
 
 pytestmark = pytest.mark.skipif(env.EMULATE != "sm90", reason="the backward of Hopper")
 
@@ -84,7 +84,8 @@ DETERMINISTIC = (
     Case("order", 300, 420, batch=1, num_heads=2, num_heads_kv=2, head_dim=128, window_size=(150, 90)),
 )
 ORDERS = (
-    ("plain", 1), ("late", 4), ("adversarial1", 3), ("adversarial1", 8), ("adversarial2", 4), ("adversarial3", 2), ("adversarial3", 8),
+    ("plain", 1), ("late", 4), ("adversarial1", 3), ("adversarial1", 8), ("adversarial2", 4), ("adversarial3", 2),
+    ("adversarial3", 8),
 )  # fmt: skip
 
 
