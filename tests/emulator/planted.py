@@ -158,9 +158,9 @@ SURVIVORS = (
         "bwd",
     ),
     Survivor(
-        "weaken_copy_wait",
+        "drop_copy_wait raise_copy_wait weaken_copy_wait",
         "bulk_wait();",
-        "at a CTA's end: the source has been read, and the sums are complete when the grid is",
+        "at a CTA's end: each source has been read before, and the sums are complete when the grid is",
         "bwd",
         after="});",
     ),
