@@ -118,6 +118,13 @@ SURVIVORS = (
         "it; where an item starts with stage 1, the wait for the only stage of Q implies all K of the item before",
         "d96_full d128_full d192 d256",
     ),
+    Survivor(
+        "skip_wait flip_parity wrong_barrier drop_arrive expect_more expect_less drop_copy",
+        "    if (first) load_v();",
+        "V of a tile of keys that no query sees: under a causal mask packed sequences without queries alone have one",
+        "causal",
+        after="dout_state.advance();",
+    ),
     Survivor("mask_edge", "return clamp(row + 1 + s.diagonal, 0, s.k.num_rows);", "the larger of two equal numbers", "bwd"),
     Survivor(
         "weaken_atomic drop_fence",
