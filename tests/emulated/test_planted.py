@@ -1,7 +1,8 @@
 """Planted bugs: every wait, arrival, fence, copy and descriptor of the Hopper forward broken in turn, under the checks.
 
-One row of each kind: three or two consumers, causal, full and a window with a modified score, one or two stages of Q, and the output staged in an area of
-its own or (d192, d256) in Q. `python tests/emulator/planted.py NAME` runs any other.
+One row of each kind: three or two consumers, causal, full and a window with a modified score, one or two stages of Q, and
+the output staged in an area of its own or (d192, d256) in Q; and a row of the backward. `python tests/emulator/planted.py
+NAME` runs any other.
 """
 
 from __future__ import annotations

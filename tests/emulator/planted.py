@@ -225,7 +225,12 @@ def backward_call(kernel: str) -> Callable[[], list[Any]]:
     generator = torch.Generator().manual_seed(1)
     calls = []
     for heads, heads_kv, seqlen_q, seqlen_k, scale in BACKWARD_SHAPES:
-        shapes = (seqlen_q, heads, dims[0]), (seqlen_k, heads_kv, dims[0]), (seqlen_k, heads_kv, dims[-1]), (seqlen_q, heads, dims[-1])
+        shapes = (
+            (seqlen_q, heads, dims[0]),
+            (seqlen_k, heads_kv, dims[0]),
+            (seqlen_k, heads_kv, dims[-1]),
+            (seqlen_q, heads, dims[-1]),
+        )
         q, k, v, dout = (torch.randn(1, *shape, generator=generator).to(dtype) for shape in shapes)
         options = {"causal": mask == "causal", "softmax_scale": scale}
         with torch.no_grad():  # the reference's results serve an edited backward kernel as well
