@@ -65,12 +65,13 @@ def test_every_block_of_every_row_is_executed(schedule) -> None:
             lse = torch.tensor([[[0.0, -torch.inf, 1.0]]])
             for dlse in (None, torch.zeros(1, 1, 3)):
                 torch.ops.flash_ext.bwd_preprocess(out, out, lse, dlse)
-            # Packed, as the backward calls it: an empty sequence, rows that are not used, rows that are skipped.
+            # Packed, as the backward calls it: an empty sequence, rows that are not used, rows that are skipped; one alone.
             ends, rows = torch.tensor([0, 3, 3, 150], dtype=torch.int32), torch.tensor([2, 0, 140], dtype=torch.int32)
             q, k, v = (torch.ones(150, 1, head_dim_v, dtype=dtype, requires_grad=True) for _ in range(3))
-            for unseen in ({}, {"seqused_q": rows, "leftpad_q": torch.ones(3, dtype=torch.int32)}):
-                packed, _ = flash_ext.attention_varlen(
-                    q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, causal=True, return_lse=True, **unseen
+            unseen = {"seqused_q": rows, "leftpad_q": torch.tensor([1, 0, 5], dtype=torch.int32)}
+            for boundaries, options in ((ends, {}), (ends, unseen), (ends[::3].contiguous(), {})):
+                packed = flash_ext.attention_varlen(
+                    q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, causal=True, **options
                 )
                 packed.sum().backward()
     reports = [r for r in _emulator.reports() if r.kernel.startswith("bwd_preprocess")]

@@ -306,9 +306,11 @@ def coverage_cases(head_dim: int) -> list[Case]:
         ]
     for mask in ({}, {"window_size": (90, 20)}):
         more += [
-            # Single scores below zero; a last tile of keys that is nearly full, with scores on either side of what a cap bends.
+            # Single scores below zero, in a head's own tile and in a shared one; a last tile of keys that is full, with scores on
+            # either side of what a cap bends.
+            Case("single", 1, 1, batch=1, num_heads=16, num_heads_kv=1, max_logit=True, softcap=9.0, head_dim=head_dim, **mask),
             Case("single", 1, 1, batch=1, num_heads=8, num_heads_kv=8, max_logit=True, softcap=9.0, head_dim=head_dim, **mask),
-            Case("long", 300, 950, softcap=600.0, softmax_scale=200.0, k_bias="normal", head_dim=head_dim, **mask),
+            Case("long", 300, 960, softcap=600.0, softmax_scale=200.0, k_bias="normal", head_dim=head_dim, **mask),
         ]
         more += [
             Case("capped", 100, 500, softcap=cap, softmax_scale=scale, alibi=alibi, k_bias=bias, head_dim=head_dim, **mask)
