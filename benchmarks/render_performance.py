@@ -20,6 +20,7 @@ from benchmarks.run import default_implementations
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+TRIED = ROOT / "benchmarks" / "tried.md"  # changes judged by counting instructions; edited by hand
 
 INTRODUCTION = """# Performance
 
@@ -37,21 +38,6 @@ cover is not timed: the reference never stands in for them.
 
 What can be said without a GPU, instructions and cycles of each kernel's main loops, is printed by
 `python tools/static_report.py`.
-"""
-TRIED = """## Tried by counting
-
-Before and after of changes to the Hopper forward's main loop, in SASS instructions a trip and warp (nvcc 13.0, ptxas 13.0.88, sm_90a,
-`python tools/static_report.py`). No time stands behind them: what the counts decide is kept, the rest waits for a GPU.
-
-| change | row, tile of a trip | before | after | kept |
-|---|---|---|---|---|
-| edge tiles hide keys by bits in predicate registers (R2P), not by a comparison for every score | d128 causal, masked 64x128 | 578 | 548 | yes |
-| the same | d64 causal, masked 64x128 | 540 | 509 | yes |
-| rescale O only where a maximum grew by more than 2^8 | d128 causal, 64x128 | 439 | 385 where none grew, 449 where one did | no: costs the exactness of a row's largest weight; time it first |
-| the same | d64, 64x128 | 401 | 379 | no, for the same reason |
-| a quarter of the exponentials by a cubic polynomial on the FMA pipe | d64, 64x128 | 401 | about 500, by count; MUFU 528 to 400 cycles | not built: pays only if MUFU, not issue, is the limit there |
-
-`make gpu-tune` times tiles; the other rows of the table need a GPU to decide.
 """
 NOTHING = """**Nothing has been measured on a GPU yet.** No speed of flash_ext is known; whoever states one did not get it here.
 """
@@ -96,7 +82,7 @@ def page(runs: list[report.Run]) -> str:
     for run in on_gpu:
         parts.append(f"## {run['preset']}: {run['machine']['gpu']}, {run['date'][:10]}, commit {run['commit']}\n")
         parts.append(report.markdown(run))
-    parts.append(TRIED)
+    parts.append(TRIED.read_text())
     missing = _not_measured(runs)
     if missing:
         parts.append("## Not measured\n\n" + "\n".join(missing) + "\n")
