@@ -85,13 +85,13 @@ BAD: dict[str, tuple[Callable[[], tuple], dict[str, Any], type[Exception], list[
         lambda: tensors(dtype=torch.int32),
         {},
         ValueError,
-        ["q.dtype must be bfloat16, float16, float32 or float64, got torch.int32"],
+        ["q.dtype must be bfloat16, float16, float32 or float64 (or float8_e4m3fn, forward only), got torch.int32"],
     ),
     "complex": (
         lambda: tensors(dtype=torch.complex64),
         {},
         ValueError,
-        ["q.dtype must be bfloat16, float16, float32 or float64, got torch.complex64"],
+        ["q.dtype must be bfloat16, float16, float32 or float64 (or float8_e4m3fn, forward only), got torch.complex64"],
     ),
     "mixed_dtypes": (
         lambda: replaced(1, lambda t: t.bfloat16()),

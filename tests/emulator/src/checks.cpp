@@ -289,7 +289,7 @@ void ClusterChecks::State::synchronise(const Where& at, SyncVariables& variables
     // Sums whose order matters are handed over like this. Reductions by themselves are atomic, so no race would show it.
     for (const BulkLane& bulk : me.bulk) {
       if (!(at.lanes >> bulk.lane & 1) || bulk.last_reduction <= me.clock.order.get(bulk.write_agent)) continue;
-      report("incomplete-reduction", at, key,
+      report(fault_kind::kIncompleteReduction, at, key,
              "a release while the thread's bulk reduction at " + this->place(bulk.reduction_pc) +
                  " may not be complete: no cp.async.bulk.wait_group (without .read) in between");
       return;

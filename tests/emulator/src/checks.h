@@ -25,6 +25,7 @@ namespace flash_ext::emulator {
 namespace fault_kind {
 inline constexpr char kSharedRace[] = "shared-race";
 inline constexpr char kGlobalRace[] = "global-race";
+inline constexpr char kIncompleteReduction[] = "incomplete-reduction";
 inline constexpr char kUninitialisedShared[] = "uninitialised-shared";
 inline constexpr char kUninitialisedGlobal[] = "uninitialised-global";
 inline constexpr char kUninitialisedRegister[] = "uninitialised-register";
