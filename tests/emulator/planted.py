@@ -150,7 +150,6 @@ SURVIVORS = (
         "the checks let a warp's wait for its wgmma order it after the reads of V by all four warps of the warpgroup",
         "bwd",
     ),
-    Survivor("drop_warp_sync", "store(acc_dk, params.dk,", "the __syncwarp behind the proxy fence orders the same reads", "bwd"),
     Survivor(
         "drop_warp_sync",
         "__syncwarp();",
