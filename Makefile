@@ -55,7 +55,7 @@ PART ?= 1/1
 gpu-bench:
 	$(PYTHON) tools/gpu_session.py --plan bench --out output/gpu-bench --budget 560 -- --preset $(PRESET) --part $(PART)
 
-# Times candidate tiles of one shape family and prints the winners as rows for csrc/variants.py.
+# Times candidate tiles of one shape family and prints the winners as rows for csrc/rows/fwd.py.
 HEAD_DIM ?= 128
 MASK ?= causal
 gpu-tune:

@@ -149,7 +149,7 @@ PYBIND11_MODULE(_host, m) {
         }
         return rows;
       },
-      "The compiled variants, one dict a row of csrc/variants.py.");
+      "The compiled variants, one dict a row of csrc/rows.");
 
   m.def(
       "device_info",

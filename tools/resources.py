@@ -3,7 +3,7 @@
     python tools/resources.py [BUILD_FOLDER]       default: the newest build/temp.*
 
 Exits 1 when a kernel spills, has a stack frame or uses local memory, when ptxas serialised wgmma instructions, or when a
-unit of csrc/variants.py left no report.
+unit of csrc/rows left no report.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def report(row: variants.Variant, results: dict[str, dict[str, object]], seqlens: tuple[int, ...]) -> str:
-    """A table of all candidates, the fastest first, and the winner as the row of csrc/variants.py. 'present' is today's."""
+    """A table of all candidates, the fastest first, and the winner as the row of csrc/rows/fwd.py. 'present' is today's."""
     timed = {name: r["tflops"] for name, r in results.items() if "tflops" in r}
     if "present" not in timed:
         return f"the present row could not be timed: {results['present']['problem']}"
@@ -286,7 +286,7 @@ def report(row: variants.Variant, results: dict[str, dict[str, object]], seqlens
     else:
         tile = parse_tile(best)
         lines += [
-            f'winner, for csrc/variants.py:      ({row.head_dim}, {row.head_dim_v}, "{row.mask}"): '
+            f'winner, for csrc/rows/fwd.py:      ({row.head_dim}, {row.head_dim_v}, "{row.mask}"): '
             f"({tile.block_m}, {tile.block_n}),",
             f"and for FwdTile in sm90/fwd.cuh:   TileSizes<{tile.block_m}, {tile.block_n}, {tile.stages}, {tile.stages_q}>",
         ]  # fmt: skip

@@ -32,7 +32,7 @@ enum class Mask : uint8_t { k_none, k_full, k_causal, k_local, k_blocks };
 // A modified score can stand in for a plain one.
 enum class Score : uint8_t { k_plain, k_modified };
 
-// A row of csrc/variants.py, where each column is explained.
+// A row of csrc/rows, where each column (rows/model.py) is explained.
 struct Variant {
   const char* name;
   Op op;

@@ -1,0 +1,77 @@
+"""Rows of FP8: quantisation, and the forward of sm90/fwd_fp8.cuh."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .model import CXX_ELEMENT, CXX_MASK, CXX_SCORE, DTYPES, Kernel, Variant
+
+KERNELS = {
+    ("quantize_fp8", "sm90"): Kernel(
+        "quantize_fp8", "common/quantize_fp8.cuh", "QuantizeFp8Params", "quantize_fp8", "launch_quantize_fp8"
+    ),
+    ("fwd_fp8", "sm90"): Kernel(
+        "fwd_fp8", "sm90/fwd_fp8.cuh", "FwdFp8Params", "sm90::fp8::flash_fwd_fp8_sm90", "sm90::fp8::launch_fwd_fp8"
+    ),
+}
+
+
+def _quantize_fp8() -> list[Variant]:
+    return [
+        Variant(
+            op="quantize_fp8",
+            arch="sm90",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            mask="",
+            block_m=64,
+            block_n=0,
+            config=f"QuantizeFp8Config<{CXX_ELEMENT[dtype]}, {head_dim}>",
+        )
+        for dtype, head_dim in product(DTYPES, (64, 128, 256))
+    ]
+
+
+# Keys of a tile: by head_dim, with sums flushed to float32 after each tile, not flushed, and with modified scores
+# (sm90/fwd_fp8.cuh: Tile).
+FWD_FP8_BLOCK_N = {64: (192, 224, 192), 96: (128, 224, 128), 128: (128, 224, 128), 192: (128, 128, 64), 256: (128, 128, 64)}
+FWD_FP8_KINDS = (
+    ("full", False, "head"),
+    ("causal", False, "head"),
+    ("full", False, "block"),
+    ("causal", False, "block"),
+    ("local", True, "block"),
+    ("full", False, "head_unflushed"),
+    ("causal", False, "head_unflushed"),
+)
+
+
+def _fwd_fp8() -> list[Variant]:
+    rows = []
+    for (head_dim, tiles), (mask, scored, kind) in product(FWD_FP8_BLOCK_N.items(), FWD_FP8_KINDS):
+        flushed = not kind.endswith("_unflushed")
+        space = "flash_ext::sm90::fp8"
+        scales = "BlockScales" if kind.startswith("block") else "HeadScales"
+        policies = f"flash_ext::{CXX_MASK[mask]}, flash_ext::{CXX_SCORE[scored]}, {space}::{scales}, "
+        policies += f"{space}::{'Flushed' if flushed else 'Unflushed'}"
+        rows.append(
+            Variant(
+                op="fwd_fp8",
+                arch="sm90",
+                dtype="e4m3",
+                head_dim=head_dim,
+                head_dim_v=head_dim,
+                mask=mask,
+                block_m=128,
+                block_n=tiles[2 if scored else 0 if flushed else 1],
+                config=f"sm90::fp8::FwdFp8Config<{head_dim}, {policies}>",
+                scored=scored,
+                kind=kind,
+            )
+        )
+    return rows
+
+
+def rows() -> list[Variant]:
+    return [*_quantize_fp8(), *_fwd_fp8()]
