@@ -13,18 +13,11 @@ from __future__ import annotations
 
 import torch
 
-from . import env, ops, reference_block_mask
+from . import env, op_gradients, ops, reference_block_mask
 from .block_mask import BLOCK, WORDS, mask_blocks, num_blocks
-from .call import BLOCK_MASK_TENSORS, WANT_DK, WANT_DK_BIAS, WANT_DQ, WANT_DSINKS, WANT_DV
+from .call import BLOCK_MASK_TENSORS
 from .call import BlockMaskInputs as Inputs
 from .reference import accumulation_dtype
-
-# Position among the ops' arguments -> bit of `wanted`, in the order of the backward's results.
-_DIFFERENTIABLE = {
-    Inputs._fields.index(name): bit
-    for name, bit in {"q": WANT_DQ, "k": WANT_DK, "v": WANT_DV, "sinks": WANT_DSINKS, "k_bias": WANT_DK_BIAS}.items()
-}
-_ALIBI_SLOPES = Inputs._fields.index("alibi_slopes")
 
 _QKV = "Tensor q, Tensor k, Tensor v"
 _REST = (
@@ -130,7 +123,7 @@ def _fake_bwd(*arguments):
     *given, _deterministic, wanted, _chosen = arguments
     _, inputs = _split_saved(given)
     gradients = []
-    for position, bit in _DIFFERENTIABLE.items():
+    for position, bit in op_gradients.differentiable(Inputs).items():
         like = inputs[position]
         if like is None:
             gradients.append(inputs.q.new_empty(0, dtype=torch.float32))
@@ -155,51 +148,4 @@ for _name, _fake in (
     torch.library.register_fake(f"flash_ext::{_name}", _fake, lib=ops._library)
 
 
-# --- gradients ---
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    out, lse, max_logit = output
-    ctx.save_for_backward(*inputs[:BLOCK_MASK_TENSORS], out, lse)
-    ctx.options = inputs[BLOCK_MASK_TENSORS:]
-    ctx.mark_non_differentiable(max_logit)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, bwd, dout, dlse, options, deterministic, chosen):
-    """A gradient, or None, for each input of the forward; bwd's last argument is `chosen` (backend or reason)."""
-    if ctx.needs_input_grad[_ALIBI_SLOPES]:
-        raise NotImplementedError("attention: alibi_slopes have no gradient; detach them")
-    wanted = sum(bit for position, bit in _DIFFERENTIABLE.items() if ctx.needs_input_grad[position])
-    q, k, v, *rest, out, lse = ctx.saved_tensors
-    computed = ops.call(bwd, dout, dlse, q, k, v, out, lse, *rest, *options, deterministic, wanted, chosen)
-    gradients = [None] * (BLOCK_MASK_TENSORS + len(ctx.options))
-    for (position, bit), gradient in zip(_DIFFERENTIABLE.items(), computed, strict=True):
-        gradients[position] = gradient if wanted & bit else None
-    return tuple(gradients)
-
-
-def _fwd_backward(ctx, dout, dlse, _):
-    *options, _return_max_logit, deterministic, backend = ctx.options
-    return _gradients(ctx, torch.ops.flash_ext.bwd_block_mask, dout, dlse, options, deterministic, backend)
-
-
-def _reference_fwd_backward(ctx, dout, dlse, _):
-    *options, _return_max_logit, reason = ctx.options
-    return _gradients(ctx, torch.ops.flash_ext.reference_bwd_block_mask, dout, dlse, options, True, reason)
-
-
-def _no_double_backward(ctx, *_):
-    raise NotImplementedError(
-        "attention: double backward is not supported; torch.nn.functional.scaled_dot_product_attention with the MATH "
-        "backend has one"
-    )
-
-
-for _name, _backward, _setup in (
-    ("fwd_block_mask", _fwd_backward, _save_for_backward),
-    ("reference_fwd_block_mask", _reference_fwd_backward, _save_for_backward),
-    ("bwd_block_mask", _no_double_backward, None),
-    ("reference_bwd_block_mask", _no_double_backward, None),
-):
-    torch.library.register_autograd(f"flash_ext::{_name}", _backward, setup_context=_setup, lib=ops._library)
+op_gradients.register(Inputs, BLOCK_MASK_TENSORS, "_block_mask")
