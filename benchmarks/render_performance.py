@@ -24,8 +24,9 @@ TRIED = ROOT / "benchmarks" / "tried.md"  # changes judged by counting instructi
 
 INTRODUCTION = """# Performance
 
-Written by `python benchmarks/render_performance.py` from the runs in `benchmarks/results/`; do not edit. Every number
-here was measured by this project, in one run beside its peers and the machine's own ceilings.
+Written by `python benchmarks/render_performance.py` from the runs in `benchmarks/results/`; do not edit. Every speed
+here was measured by this project, in one run beside its peers and the machine's own ceilings; "Tried by counting" has
+counts of instructions and bytes instead, and says which of them are predictions.
 `make gpu-bench` repeats a run on your GPU, and `python benchmarks/run.py --help` says what else there is to measure.
 
 How it is measured: a case is timed only after its result passed the oracle (two heads, 256 rows of each); then all
