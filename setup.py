@@ -50,7 +50,10 @@ OP_SOURCES = [
     "host/plan_fp8.cpp",
     "host/quantize.cpp",
 ]
-HOST_MODULE_SOURCES = ["host_module.cpp", "host/plan.cpp", "host/plan_fp8.cpp", "host/problem.cpp"]
+HOST_MODULE_SOURCES = [
+    "host_module.cpp", "host/plan.cpp", "host/plan_fp8.cpp", "host/plan_kvcache.cpp", "host/explain_kvcache.cpp",
+    "host/problem.cpp",
+]  # fmt: skip
 
 
 def say(message: str) -> None:

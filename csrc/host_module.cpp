@@ -3,8 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 
+#include "host/explain_kvcache.h"
 #include "host/plan.h"
+#include "host/plan_kvcache.h"
 
 namespace py = pybind11;
 
@@ -128,6 +131,53 @@ void bind_fp8_plan(py::module_& m) {
       py::arg("shared_q_scale"));
 }
 
+void bind_kvcache_plan(py::module_& m) {
+  m.def(
+      "plan_kvcache",
+      [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k_cache,
+         const PyLayout& v_cache, const std::optional<PyLayout>& k, const std::optional<PyLayout>& v, int64_t pages,
+         bool leftpad, int64_t rotary_dim, bool causal, int64_t window_left, int64_t window_right, bool modified_score,
+         int64_t num_splits) {
+        const DeviceInfo info = device_info_from_name(device);
+        const TensorLayout new_k = layout_from_python(k.value_or(q)), new_v = layout_from_python(v.value_or(q));
+        const TensorLayout keys = layout_from_python(k_cache);
+        const CacheProblem problem{.dtype = dtype_from_name(dtype),
+                                   .q = layout_from_python(q),
+                                   .k_cache = keys,
+                                   .v_cache = layout_from_python(v_cache),
+                                   .paged = pages >= 0,
+                                   .leftpad = leftpad,
+                                   .appends = k.has_value(),
+                                   .capacity = keys.sizes[1] * (pages >= 0 ? pages : 1),
+                                   .rotary_dim = rotary_dim,
+                                   .window_left = window_left,
+                                   .window_right = causal ? 0 : window_right,
+                                   .modified_score = modified_score,
+                                   .num_splits = num_splits};
+        const CachePlan plan = plan_kvcache(problem, info);
+        py::dict result;
+        result["reasons"] = plan.reasons;
+        result["variant"] = plan.variant ? plan.variant->name : "";
+        if (plan.variant == nullptr) return result;
+        const CacheCallReport report =
+            report_of(problem, plan, info, k ? &new_k : nullptr, v ? &new_v : nullptr);
+        result["backend"] = plan.variant->arch == 90 ? "sm90" : "sm80";
+        result["tile"] = std::make_pair(plan.variant->block_m, plan.variant->block_n);
+        result["grid"] = py::make_tuple(plan.grid, 1, 1);
+        result["heads_per_tile"] = plan.heads_per_tile;
+        result["max_parts"] = plan.max_parts;
+        result["kernels"] = report.kernels;
+        result["keys_by"] = report.keys_by;
+        result["workspace_bytes"] = report.workspace_bytes;
+        result["copies"] = report.copies;
+        return result;
+      },
+      "The plan of a call over a KV cache; pages: of a sequence, -1 for a dense cache; k and v: the rows to append.",
+      py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"),
+      py::arg("v"), py::arg("pages"), py::arg("leftpad"), py::arg("rotary_dim"), py::arg("causal"), py::arg("window_left"),
+      py::arg("window_right"), py::arg("modified_score"), py::arg("num_splits"));
+}
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "What was compiled, and what the planner would choose: introspection of flash_ext without a GPU.";
   m.attr("build_info_json") = FLASH_EXT_BUILD_INFO;
@@ -162,6 +212,7 @@ PYBIND11_MODULE(_host, m) {
   bind_plan<plan_fwd>(m, "plan_fwd", "The plan of a forward call. Layouts are (sizes, strides in elements, base_aligned); num_sequences: of packed "
                       "tensors, whose layouts have three dimensions; num_parts: of the keys, 0 without split_boundaries.");
   bind_fp8_plan(m);
+  bind_kvcache_plan(m);
   bind_plan<plan_bwd>(m, "plan_bwd", "The plan of a backward call; arguments as plan_fwd.");
 
   m.def(

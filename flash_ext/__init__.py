@@ -13,6 +13,7 @@ from .env import FallbackWarning
 from .fp8 import attention_fp8_straight_through
 from .jagged import attention_dense_jagged, attention_jagged
 from .kvcache import attention_with_kvcache
+from .kvcache_dispatch import CacheExplanation, explain_with_kvcache, supported_with_kvcache
 from .masks import document_mask, prefix_lm_mask, rcm_permutation, sliding_window_mask, tree_mask
 from .merge import merge_attention
 from .packing import PackingCollator, attention_packed, cu_seqlens_from_position_ids
@@ -26,6 +27,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 __all__ = [
     "BlockMask",
+    "CacheExplanation",
     "Explanation",
     "FallbackWarning",
     "PackingCollator",
@@ -43,11 +45,13 @@ __all__ = [
     "cu_seqlens_from_position_ids",
     "document_mask",
     "explain",
+    "explain_with_kvcache",
     "merge_attention",
     "prefix_lm_mask",
     "quantize_fp8",
     "rcm_permutation",
     "sliding_window_mask",
     "supported",
+    "supported_with_kvcache",
     "tree_mask",
 ]

@@ -148,6 +148,12 @@ def require_backend(call: Call) -> None:
         raise ValueError(f"{call.function}: backend '{call.backend}' cannot run this call; these can: {able}; {whys}")
 
 
+def check_device_info(device_info: Any) -> None:
+    """ValueError unless it is None or names a device of DEVICES; the planner checks what follows the name."""
+    if device_info is not None and (not isinstance(device_info, str) or device_info.split(":")[0] not in DEVICES):
+        raise ValueError(f"device_info must be one of {', '.join(DEVICES)}, optionally followed by ':SMS', got {device_info!r}")
+
+
 def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, **options: Any) -> Explanation:
     """What attention(q, k, v, **options) would run, where it is, or on the GPU that device_info imagines.
 
@@ -161,8 +167,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, 
         TypeError, ValueError: as flash_ext.attention; also for an unknown device_info.
     """
     call = _checked(q, k, v, options)
-    if device_info is not None and (not isinstance(device_info, str) or device_info.split(":")[0] not in DEVICES):
-        raise ValueError(f"device_info must be one of {', '.join(DEVICES)}, optionally followed by ':SMS', got {device_info!r}")
+    check_device_info(device_info)
     plan = _plan(device_info or device_name(call.q), call, call.backend)
     if plan["backend"] == "":
         raise ValueError(f"{call.function}: backend '{call.backend}' cannot run this call; {plan['rejections_as_text']}")

@@ -1,0 +1,68 @@
+"""What explain_with_kvcache tells against what an emulated call launches, allocates and moves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import kvcache_cases
+import pytest
+import torch
+from kvcache_cases import CASES, Case
+
+import flash_ext
+from flash_ext import _emulator, env
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import memory
+
+pytestmark = pytest.mark.skipif(
+    flash_ext.explain_with_kvcache(**kvcache_cases.build(Case("any", (5,)), "cpu", torch.bfloat16)).backend != env.EMULATE,
+    reason="this build has no kernel of the emulated GPU that reads a cache",
+)
+
+
+def attend(made: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return flash_ext.attention_with_kvcache(**made, return_lse=True, **options)
+
+
+def without_checks(made: dict, num_splits: int) -> None:
+    """The op as a GPU runs it: on the CPU attention_with_kvcache looks at the values first, which allocates."""
+    rotary = (made.get("rotary_cos"), made.get("rotary_sin"), made.get("rotary_interleaved", True))
+    torch.ops.flash_ext.kvcache(
+        made["q"], made["k_cache"], made["v_cache"], made["k"], made["v"], made["cache_seqlens"], None, None,
+        made["page_table"], *rotary, None, None, 0.125, True, -1, -1, 0.0, num_splits, False, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n.startswith(("decode", "paged", "chunk", "splits", "leftpad", "mqa", "full"))]
+)
+def test_the_kernels_are_those_that_are_launched(name: str, schedule) -> None:
+    schedule("plain")
+    made = kvcache_cases.build(CASES[name], "cpu", torch.bfloat16)
+    told = flash_ext.explain_with_kvcache(**made)
+    _emulator.reset_reports()
+    attend(made)
+    launched = _emulator.launches()
+    assert tuple(each.kernel for each in launched) == told.kernels
+    of_row = next(each for each in launched if each.kernel == told.variant)
+    assert tuple(of_row.grid) == told.grid
+
+
+@pytest.mark.parametrize("layout", ("as they are", "odd strides"))
+@pytest.mark.parametrize("rotary", ("none", "halves"))
+@pytest.mark.parametrize("splits", (0, 1, 3))
+def test_the_workspace_is_what_is_allocated(splits: int, rotary: str, layout: str, schedule) -> None:
+    """At the peak; allocations are counted by torch's profiler."""
+    schedule("plain")
+    case = Case("memory", (900, 40, 0), num_heads=8, head_dim=128, seqlen_q=2, seqlen_new=2, page_size=16, rotary=rotary)
+    made = kvcache_cases.build(case, "cpu", torch.bfloat16)
+    if layout == "odd strides":
+        for name in ("q", "k"):
+            made[name] = torch.nn.functional.pad(made[name], (0, 1))[..., :-1]
+    told = flash_ext.explain_with_kvcache(**made, num_splits=splits)
+    results = made["q"].numel() * 2 + 3 * 8 * 2 * 4  # out and lse
+    found = memory.peak_extra_bytes(lambda: without_checks(made, splits), "cpu")
+    assert found == told.workspace_bytes + results and (len(told.copies) == 2) == (layout == "odd strides")
