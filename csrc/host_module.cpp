@@ -137,7 +137,7 @@ void bind_kvcache_plan(py::module_& m) {
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k_cache,
          const PyLayout& v_cache, const std::optional<PyLayout>& k, const std::optional<PyLayout>& v, int64_t pages,
          bool leftpad, int64_t rotary_dim, bool causal, int64_t window_left, int64_t window_right, bool modified_score,
-         int64_t num_splits) {
+         double softmax_scale, int64_t num_splits, const std::string& backend) {
         const DeviceInfo info = device_info_from_name(device);
         const TensorLayout new_k = layout_from_python(k.value_or(q)), new_v = layout_from_python(v.value_or(q));
         const TensorLayout keys = layout_from_python(k_cache);
@@ -153,7 +153,9 @@ void bind_kvcache_plan(py::module_& m) {
                                    .window_left = window_left,
                                    .window_right = causal ? 0 : window_right,
                                    .modified_score = modified_score,
-                                   .num_splits = num_splits};
+                                   .softmax_scale = softmax_scale,
+                                   .num_splits = num_splits,
+                                   .backend = backend};
         const CachePlan plan = plan_kvcache(problem, info);
         py::dict result;
         result["reasons"] = plan.reasons;
@@ -161,7 +163,7 @@ void bind_kvcache_plan(py::module_& m) {
         if (plan.variant == nullptr) return result;
         const CacheCallReport report =
             report_of(problem, plan, info, k ? &new_k : nullptr, v ? &new_v : nullptr);
-        result["backend"] = plan.variant->arch == 90 ? "sm90" : "sm80";
+        result["backend"] = plan.backend;
         result["tile"] = std::make_pair(plan.variant->block_m, plan.variant->block_n);
         result["grid"] = py::make_tuple(plan.grid, 1, 1);
         result["heads_per_tile"] = plan.heads_per_tile;
@@ -175,7 +177,7 @@ void bind_kvcache_plan(py::module_& m) {
       "The plan of a call over a KV cache; pages: of a sequence, -1 for a dense cache; k and v: the rows to append.",
       py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"),
       py::arg("v"), py::arg("pages"), py::arg("leftpad"), py::arg("rotary_dim"), py::arg("causal"), py::arg("window_left"),
-      py::arg("window_right"), py::arg("modified_score"), py::arg("num_splits"));
+      py::arg("window_right"), py::arg("modified_score"), py::arg("softmax_scale"), py::arg("num_splits"), py::arg("backend"));
 }
 
 PYBIND11_MODULE(_host, m) {

@@ -75,7 +75,9 @@ def _checked(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, A
     return call
 
 
-def _plan(device: str, call: dict[str, Any]) -> dict[str, Any]:
+def _plan(device: str, call: dict[str, Any], backend: str) -> dict[str, Any]:
+    """What the planner makes of the call where only this backend's kernels may run it."""
+
     def layout(tensor: Tensor | None) -> Any:
         return None if tensor is None else dispatch._layout(tensor)
 
@@ -91,23 +93,16 @@ def _plan(device: str, call: dict[str, Any]) -> dict[str, Any]:
         window_left=call["window_size"][0],
         window_right=call["window_size"][1],
         modified_score=call["softcap"] > 0 or call["alibi_slopes"] is not None,
+        softmax_scale=q.shape[-1] ** -0.5 if call["softmax_scale"] is None else call["softmax_scale"],
         num_splits=call["num_splits"],
+        backend=backend,
     )
 
 
-def _reasons(device: str, call: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The kernels' plan, and each backend with what keeps it from running the call."""
-    plan = _plan(device, call)
-    runs = plan.get("backend")
-    reasons = {}
-    for backend in BACKENDS:
-        if backend in ("reference", runs):
-            reasons[backend] = []
-        elif runs:
-            reasons[backend] = ["no kernel of it reads a KV cache on this device"]
-        else:
-            reasons[backend] = list(plan["reasons"])
-    return plan, reasons
+def _plans(device: str, call: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """Each backend of kernels with its plan, and each backend with what keeps it from running the call."""
+    plans = {backend: _plan(device, call, backend) for backend in BACKENDS if backend != "reference"}
+    return plans, {backend: list(plans[backend]["reasons"]) if backend in plans else [] for backend in BACKENDS}
 
 
 def supported_with_kvcache(*arguments: Any, **options: Any) -> dict[str, list[str]]:
@@ -116,7 +111,7 @@ def supported_with_kvcache(*arguments: Any, **options: Any) -> dict[str, list[st
     Takes and checks the arguments of flash_ext.attention_with_kvcache; reads no data, and works on meta tensors.
     """
     call = _checked(arguments, options)
-    return _reasons(dispatch.device_name(call["q"]), call)[1]
+    return _plans(dispatch.device_name(call["q"]), call)[1]
 
 
 def explain_with_kvcache(*arguments: Any, device_info: str | None = None, **options: Any) -> CacheExplanation:
@@ -131,9 +126,9 @@ def explain_with_kvcache(*arguments: Any, device_info: str | None = None, **opti
     """
     call = _checked(arguments, options)
     dispatch.check_device_info(device_info)
-    plan, reasons = _reasons(device_info or dispatch.device_name(call["q"]), call)
+    plans, reasons = _plans(device_info or dispatch.device_name(call["q"]), call)
     asked, q = call["backend"], call["q"]
-    backend = plan.get("backend", "reference") if asked is None else asked
+    backend = next(name for name in BACKENDS if not reasons[name]) if asked is None else asked
     if reasons[backend]:
         raise ValueError(f"{NAME}: backend '{asked}' cannot run this call; {asked}: {', '.join(reasons[backend])}")
     preferred = [f"{backend} is preferred" if asked is None else f"backend '{asked}' was asked for"]
@@ -145,6 +140,7 @@ def explain_with_kvcache(*arguments: Any, device_info: str | None = None, **opti
             backend, "reference_kvcache", ("reference_kvcache",), "", (rows, reference_kvcache.KEY_BLOCK), group,
             (math.ceil(q.shape[1] / rows), q.shape[2], q.shape[0]), 1, 0, 0, (), rejected,
         )  # fmt: skip
+    plan = plans[backend]
     return CacheExplanation(
         backend=backend,
         variant=plan["variant"],

@@ -19,7 +19,7 @@ using torch::stable::detail::to;
 
 CacheProblem problem_of(const CacheTensors& cache, const Tensor& q, const std::optional<Tensor>& k,
                         const std::optional<Tensor>& rotary_cos, bool causal, int64_t window_left, int64_t window_right,
-                        bool modified_score, int64_t num_splits) {
+                        bool modified_score, double softmax_scale, int64_t num_splits, const std::string& backend) {
   CacheProblem problem{.dtype = scalar_type_of(q),
                        .q = layout_of(q),
                        .k_cache = layout_of(cache.k_cache),
@@ -32,7 +32,9 @@ CacheProblem problem_of(const CacheTensors& cache, const Tensor& q, const std::o
                        .window_left = window_left,
                        .window_right = causal ? 0 : window_right,
                        .modified_score = modified_score,
-                       .num_splits = num_splits};
+                       .softmax_scale = softmax_scale,
+                       .num_splits = num_splits,
+                       .backend = backend};
   return problem;
 }
 
@@ -49,11 +51,11 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
   const CacheTensors cache{k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, page_table};
   check_cache(cache, q);
   const DeviceInfo& device = device_info_of(q);
-  const CacheProblem problem = problem_of(cache, q, k, rotary_cos, causal, window_left, window_right,
-                                          softcap > 0 || alibi_slopes.has_value(), num_splits);
-  const CachePlan plan = plan_kvcache(problem, device);
   const std::string asked = backend.value_or("");
-  if (plan.variant == nullptr || (!asked.empty() && asked != "sm90")) {
+  const CacheProblem problem = problem_of(cache, q, k, rotary_cos, causal, window_left, window_right,
+                                          softcap > 0 || alibi_slopes.has_value(), softmax_scale, num_splits, asked);
+  const CachePlan plan = plan_kvcache(problem, device);
+  if (plan.variant == nullptr || (!asked.empty() && asked != plan.backend)) {
     FX_CHECK(asked.empty() || asked == "reference", "attention_with_kvcache: backend '", asked, "' cannot run this call; ",
              plan.reasons_as_text());
     // Asked for by name, the reference is no fallback and gives no warning.

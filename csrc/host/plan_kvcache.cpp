@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "common/splits.cuh"
+#include "sm80/limits.h"
 
 namespace flash_ext {
 namespace {
@@ -12,12 +13,52 @@ constexpr int64_t kMaxItems = int64_t{1} << 30;  // items and tiles are 32-bit n
 
 int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Pages whose rows divide a tile of keys, or are a multiple of it, go by TMA, rows of eight at least (a swizzle period) and
-// at most 32 pages a tile; padding on the left would shift tiles against pages.
-bool takes_tma(const CacheProblem& problem, int block_n) {
-  if (!problem.paged) return true;
-  const int64_t rows = problem.k_cache.sizes[1];
-  return !problem.leftpad && (rows % block_n == 0 || (rows % 8 == 0 && block_n % rows == 0 && block_n / rows <= 32));
+constexpr int kGroups[] = {90, 80};  // of rows, in the order of preference
+const char* name_of(int group) { return group == 90 ? "sm90" : "sm80"; }
+// sm_90a code runs on 9.0 alone; the sm80 group's PTX on everything from 8.0 up.
+bool device_runs(const DeviceInfo& device, int group) { return group == 90 ? device.arch == 90 : device.arch >= group; }
+
+// Rows of the sm80 group gather from pages of any size. On Hopper, pages whose rows divide a tile of keys, or are a multiple
+// of it, go by TMA, rows of eight at least (a swizzle period) and at most 32 pages a tile; padding on the left would shift
+// tiles against pages.
+Op op_for(const CacheProblem& problem, const Variant& row) {
+  if (row.arch != 90 || !problem.paged) return Op::k_fwd_cache;
+  const int64_t rows = problem.k_cache.sizes[1], keys = row.block_n;
+  const bool by_tma = !problem.leftpad && (rows % keys == 0 || (rows % 8 == 0 && keys % rows == 0 && keys / rows <= 32));
+  return by_tma ? Op::k_fwd_cache : Op::k_fwd_cache_gather;
+}
+
+// Whether the call may run on rows of this group.
+bool allows(const CacheProblem& problem, const DeviceInfo& device, int group) {
+  const bool wanted = problem.backend.empty() || problem.backend == "reference" || problem.backend == name_of(group);
+  return wanted && device_runs(device, group);
+}
+
+// The row of a group with the fewest columns that covers the call, or null.
+const Variant* find_row(const CacheProblem& problem, int group) {
+  // One row of queries sees every key to its left: the causal row serves it without a window on that side.
+  const bool bounded = problem.window_left >= 0 && problem.window_left < problem.capacity - 1;
+  const bool causal = !bounded && (problem.window_right == 0 || problem.seqlen_q() <= 1);
+  // The sm80 rows of plain scores fold the scale into the exponent, which needs it above zero.
+  const bool folds = group == 90 || static_cast<float>(problem.softmax_scale) > 0;
+  const bool general = !causal || problem.modified_score || !folds;
+  const int64_t head_dim = std::max(problem.q.sizes[3], problem.v_cache.sizes[3]);
+  const Variant* smallest = nullptr;
+  for (const Variant& row : variants()) {
+    if ((row.op != Op::k_fwd_cache && row.op != Op::k_fwd_cache_gather) || row.arch != group) continue;
+    if (row.dtype != problem.dtype || row.head_dim < head_dim) continue;
+    if ((row.mask == Mask::k_local) != general || row.op != op_for(problem, row)) continue;
+    if (smallest == nullptr || row.head_dim < smallest->head_dim) smallest = &row;
+  }
+  return smallest;
+}
+
+// Persistent CTAs that are resident at once.
+int64_t resident_ctas(const Variant& row, const DeviceInfo& device) {
+  if (row.arch == 90) return device.num_sms;
+  const bool large = device.smem_bytes >= sm80::bytes_of(sm80::SharedLimit::k163);
+  return int64_t{device.num_sms} *
+         sm80::cache_ctas_per_sm(large ? sm80::SharedLimit::k163 : sm80::SharedLimit::k99, row.head_dim);
 }
 
 // Heads of a KV head that share a tile of 64 rows: all of them, where that saves tiles.
@@ -32,13 +73,14 @@ int shared_heads(const CacheProblem& problem, int block_m) {
 }  // namespace
 
 const Variant* plan_kvcache_step(Op op, ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device) {
-  // sm_90a code runs on 9.0 alone; the sm80 group's PTX on everything from 8.0 up.
-  const int group = device.arch == 90 ? 90 : device.arch >= 80 ? 80 : 0;
   const Variant* smallest = nullptr;
-  for (const Variant& row : variants()) {
-    const bool covers = row.op == op && row.arch == group && row.dtype == dtype &&
-                        (row.head_dim_v == 0 || row.head_dim_v >= head_dim_v);
-    if (covers && (smallest == nullptr || row.head_dim_v < smallest->head_dim_v)) smallest = &row;
+  for (int group : kGroups) {
+    if (smallest != nullptr || !device_runs(device, group)) continue;
+    for (const Variant& row : variants()) {
+      const bool covers = row.op == op && row.arch == group && row.dtype == dtype &&
+                          (row.head_dim_v == 0 || row.head_dim_v >= head_dim_v);
+      if (covers && (smallest == nullptr || row.head_dim_v < smallest->head_dim_v)) smallest = &row;
+    }
   }
   return smallest;
 }
@@ -55,8 +97,11 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
   const auto against = [&](bool condition, std::string reason) {
     if (condition) plan.reasons.push_back(std::move(reason));
   };
-  against(device.arch != 90, device.arch == 0 ? "the tensors are not on a CUDA device"
-                                              : "kernels that read a KV cache need compute capability 9.0");
+  const bool runs = std::ranges::any_of(kGroups, [&](int group) { return allows(problem, device, group); });
+  against(!runs, device.arch == 0 ? "the tensors are not on a CUDA device"
+                                  : std::string("kernels that read a KV cache need compute capability ") +
+                                        (problem.backend == "sm90" ? "9.0" : "8.0 or later") + ", this GPU has " +
+                                        std::to_string(device.arch / 10) + "." + std::to_string(device.arch % 10));
   against(problem.dtype != ScalarType::kFloat16 && problem.dtype != ScalarType::kBFloat16,
           std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
   against(head_dim % 8 != 0 || head_dim_v % 8 != 0, "head dims must be multiples of 8, got " + std::to_string(head_dim) +
@@ -70,22 +115,15 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
   }
   if (!plan.reasons.empty()) return plan;
 
-  // One row of queries sees every key to its left: the causal row serves it without a window on that side.
-  const bool bounded = problem.window_left >= 0 && problem.window_left < problem.capacity - 1;
-  const bool causal = !bounded && (problem.window_right == 0 || problem.seqlen_q() <= 1);
-  const bool general = !causal || problem.modified_score;
-  for (const Variant& row : variants()) {
-    if (row.op != Op::k_fwd_cache && row.op != Op::k_fwd_cache_gather) continue;
-    if (row.dtype != problem.dtype || row.head_dim < std::max(head_dim, head_dim_v)) continue;
-    if ((row.mask == Mask::k_local) != general) continue;
-    if ((row.op == Op::k_fwd_cache) != takes_tma(problem, row.block_n)) continue;
-    if (plan.variant == nullptr || row.head_dim < plan.variant->head_dim) plan.variant = &row;
+  for (int group : kGroups) {
+    if (plan.variant == nullptr && allows(problem, device, group)) plan.variant = find_row(problem, group);
   }
   const bool has_steps = plan_kvcache_step(Op::k_append_kv, problem.dtype, head_dim_v, device) != nullptr &&
                          plan_kvcache_step(Op::k_combine, problem.dtype, head_dim_v, device) != nullptr;
   against(plan.variant == nullptr || !has_steps, "this build has no kernel for such a cache with head_dim " +
                                                      std::to_string(std::max(head_dim, head_dim_v)));
   if (plan.variant != nullptr) {
+    plan.backend = name_of(plan.variant->arch);
     plan.heads_per_tile = shared_heads(problem, plan.variant->block_m);
     plan.num_m_blocks = std::max<int64_t>(1, ceil(problem.seqlen_q(), plan.variant->block_m / plan.heads_per_tile));
     plan.items_per_part =
@@ -98,8 +136,8 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
       return plan;
     }
     // With four rounds of items and more, parts would gain less than their combination costs.
-    const bool splits = problem.num_splits > 1 || (problem.num_splits == 0 && items < 4 * device.num_sms);
-    plan.grid = device.num_sms;
+    plan.grid = resident_ctas(*plan.variant, device);
+    const bool splits = problem.num_splits > 1 || (problem.num_splits == 0 && items < 4 * plan.grid);
     if (splits && tiles > 1) {
       const SplitProblem split{.batch = static_cast<int>(problem.batch()),
                                .items_per_part = static_cast<int>(plan.items_per_part),

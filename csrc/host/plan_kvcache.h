@@ -18,7 +18,9 @@ struct CacheProblem {
   int64_t rotary_dim = 0;   // 0: no rotation
   int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal has become right = 0
   bool modified_score = false;
+  double softmax_scale = 1;
   int64_t num_splits = 0;  // 0: chosen on the device
+  std::string backend;     // asked for by name; empty: any
 
   int64_t batch() const { return q.sizes[0]; }
   int64_t seqlen_q() const { return q.sizes[1]; }
@@ -28,6 +30,7 @@ struct CacheProblem {
 
 struct CachePlan {
   const Variant* variant = nullptr;  // of the forward; null: the reference, for these reasons
+  std::string backend;               // "sm90" or "sm80", of the variant
   std::vector<std::string> reasons;
   int64_t grid = 0;
   int heads_per_tile = 1;

@@ -7,4 +7,9 @@ namespace flash_ext::sm80 {
 enum class SharedLimit { k163, k99 };
 constexpr int bytes_of(SharedLimit limit) { return (limit == SharedLimit::k163 ? 163 : 99) * 1024; }
 
+// CTAs of the forward over a cache that an SM holds at once (fwd_cache.cuh): with 99 KB a CTA the SM has 100.
+constexpr int cache_ctas_per_sm(SharedLimit limit, int head_dim) {
+  return limit == SharedLimit::k163 && head_dim <= 128 ? 2 : 1;
+}
+
 }  // namespace flash_ext::sm80

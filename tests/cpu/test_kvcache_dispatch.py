@@ -9,6 +9,7 @@ from kvcache_cases import Case
 
 import flash_ext
 from flash_ext import explain_with_kvcache as explain
+from flash_ext import kvcache_dispatch
 from flash_ext import supported_with_kvcache as supported
 
 
@@ -80,16 +81,41 @@ def test_new_rows_and_copies() -> None:
 
 
 def test_why_not() -> None:
-    found = explain(**call(), device_info="sm80")
-    if found.backend == "reference":
-        assert found.variant == "reference_kvcache" and found.kernels == ("reference_kvcache",) and found.keys_by == ""
-        assert found.rejected["sm90"] and found.grid == (1, 64, 4)
+    found = explain(**call(), device_info="sm80", backend="reference")
+    assert found.variant == "reference_kvcache" and found.kernels == ("reference_kvcache",) and found.keys_by == ""
+    assert found.grid == (1, 64, 4)
+    _, old = kvcache_dispatch._plans("sm75:40:65536", kvcache_dispatch._checked((), call()))
+    assert old["sm90"] == ["kernels that read a KV cache need compute capability 9.0, this GPU has 7.5"]
+    assert old["sm80"] == ["kernels that read a KV cache need compute capability 8.0 or later, this GPU has 7.5"]
     odd = call(dim=132)
     reasons = explain(**odd, device_info="sm90").rejected["sm90"]
     assert any("multiples of 8" in reason for reason in reasons)
     shifted = torch.empty(4, 8192, 8, 129, dtype=torch.bfloat16, device="meta")[..., :128]
     reasons = explain(**call(k_cache=shifted), device_info="sm90").rejected["sm90"]
     assert any(reason.startswith("k_cache: ") for reason in reasons)
+
+
+@needs_rows
+@pytest.mark.parametrize("page_size", (None, 1, 16, 256))
+@pytest.mark.parametrize(("device", "ctas"), (("sm80", 2 * 108), ("sm86", 82), ("sm89", 128), ("sm100", 2 * 148), ("sm120", 170)))
+def test_gpus_without_wgmma(device: str, ctas: int, page_size: int | None) -> None:
+    """Any page size is gathered by one row; two CTAs an SM where its shared memory holds them."""
+    found = explain(**call(page_size=page_size), device_info=device)
+    assert found.backend == "sm80" and found.variant == "fwd_cache_sm80_bf16_d128_causal" and found.keys_by == "gather"
+    assert found.kernels == ("append_kv_sm80_bf16", found.variant, "combine_sm80_bf16_d128")
+    assert found.grid == (ctas, 1, 1) and found.tile == (64, 64) and found.heads_per_tile == 8
+    assert found.rejected["reference"] == ("sm80 is preferred",) and "compute capability 9.0" in found.rejected["sm90"][0]
+
+
+@needs_rows
+def test_a_hopper_can_be_asked_for_the_other_kernels() -> None:
+    preferred, asked = on_hopper(), on_hopper(backend="sm80")
+    assert preferred.rejected["sm80"] == ("sm90 is preferred",)
+    assert asked.backend == "sm80" and asked.variant == "fwd_cache_sm80_bf16_d128_causal" and asked.grid == (264, 1, 1)
+    assert asked.rejected["sm90"] == ("backend 'sm80' was asked for",)
+    # A scale that is not above zero cannot be folded into the exponent.
+    assert on_hopper(backend="sm80", softmax_scale=-0.1).variant == "fwd_cache_sm80_bf16_d128_local_scored"
+    assert on_hopper(softmax_scale=-0.1).variant == "fwd_cache_sm90_bf16_d128_causal"
 
 
 def test_supported_is_where_the_tensors_are() -> None:
