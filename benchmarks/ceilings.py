@@ -22,10 +22,19 @@ class Ceilings:
 
     def seconds(self, case: Case) -> float | None:
         """The least time that these ceilings allow a case; None where the dtype's product was not measured."""
+        both = self._products_and_bytes(case)
+        return None if both is None else max(both)
+
+    def limit(self, case: Case) -> str | None:
+        """What takes that time, 'products' or 'memory'."""
+        both = self._products_and_bytes(case)
+        return None if both is None else "products" if both[0] > both[1] else "memory"
+
+    def _products_and_bytes(self, case: Case) -> tuple[float, float] | None:
         product = self.tflops.get("bf16" if case.dtype == "fp16" else case.dtype)
         if product is None:
             return None
-        return max(case.flops() / (product * 1e12), case.bytes_moved() / (self.copy_gb_s * 1e9))
+        return case.flops() / (product * 1e12), case.bytes_moved() / (self.copy_gb_s * 1e9)
 
     def as_dict(self) -> dict[str, Any]:
         return {"copy_gb_s": self.copy_gb_s, "matrix": self.matrix, **{f"{name}_tflops": t for name, t in self.tflops.items()}}

@@ -128,6 +128,18 @@ class Case:
             (self.batch, self.seqlen_q, self.heads, self.head_dim_v),
         )
 
+    def build(self, device: str) -> Tensors:
+        """Normal values from a seed that is the case's name. fp8: rounded to e4m3; the gradient of the result is bfloat16."""
+        generator = torch.Generator(device=device).manual_seed(random.Random(self.name).getrandbits(31))
+        dtype = DTYPES[self.dtype]
+        wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
+        q, k, v, dout = (torch.randn(shape, generator=generator, device=device, dtype=wide) for shape in self.shapes())
+        return Tensors(q.to(dtype), k.to(dtype), v.to(dtype), dout)
+
+    def keys_of(self, tensor: Tensor, batch: int, head: int) -> Tensor:
+        """(seqlen_k, dim): the rows of k or v that one head of one sequence sees."""
+        return tensor[batch, :, head]
+
     def visible(self, rows: Tensor) -> Tensor:
         """(rows, seqlen_k) bool: the keys that these rows of the queries see (bottom-right aligned)."""
         if self.pattern:
@@ -181,15 +193,6 @@ class Tensors:
     dout: Tensor
 
 
-def build(case: Case, device: str) -> Tensors:
-    """Normal values from a seed that is the case's name. fp8: rounded to e4m3; the gradient of the result is bfloat16."""
-    generator = torch.Generator(device=device).manual_seed(random.Random(case.name).getrandbits(31))
-    dtype = DTYPES[case.dtype]
-    wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    q, k, v, dout = (torch.randn(shape, generator=generator, device=device, dtype=wide) for shape in case.shapes())
-    return Tensors(q.to(dtype), k.to(dtype), v.to(dtype), dout)
-
-
 # --- the presets: sizes for a GPU, and small ones for a machine without ---
 
 
@@ -236,8 +239,15 @@ def _paper(gpu: bool) -> list[Case]:
 
 
 def _decode(gpu: bool) -> list[Case]:
-    batches, seqlens, heads, dim = ((1, 16, 128), (1024, 8192, 32768), 64, 128) if gpu else ((1, 2), (256, 512), 4, 64)
-    return [Case(f"decode b{b}", b, 1, s, heads, heads // 8 or 1, dim, dim) for b in batches for s in seqlens]
+    from . import caches  # which builds on Case
+
+    return caches.decode(gpu)
+
+
+def _paged(gpu: bool) -> list[Case]:
+    from . import caches
+
+    return caches.paged(gpu)
 
 
 def _varlen(gpu: bool) -> list[Case]:
@@ -300,18 +310,19 @@ def _memory(gpu: bool) -> list[Case]:
 PRESETS: dict[str, tuple[str, Callable[[bool], list[Case]]]] = {
     "quick": ("head_dim 64 and 128, two sequence lengths, causal and full, and grouped heads", _quick),
     "paper": ("16k tokens and hidden size 2048 as FlashAttention-3 publishes; GQA 64/8; head dims 192/128", _paper),
-    "decode": ("one new token for each sequence, grouped heads: bytes count", _decode),
+    "decode": ("one new token for each sequence over a dense KV cache, grouped heads and latent attention: bytes count", _decode),
+    "paged": ("the same over pages of 1, 16, 64 and 256 rows beside the dense cache", _paged),
     "varlen": ("sequences of log-uniformly drawn lengths packed one after another", _varlen),
     "mask": ("windows, packed documents, prefix, trees, block-sparse masks of growing density, jagged rows", _mask),
     "features": ("attention layers of gpt-oss, Gemma 2 and Mistral: sinks, softcap, windows", _features),
     "memory": ("one sequence of growing length: peak extra bytes", _memory),
 }
-FORWARD_ONLY = {"decode"}
+FORWARD_ONLY = {"decode", "paged"}
 
 
 def default_passes(preset: str) -> list[str]:
     # What a forward saves for its backward counts as memory, so the two are taken together there.
-    return {"decode": ["fwd"], "memory": ["fwd", "fwd+bwd"]}.get(preset, ["fwd", "bwd"])
+    return {"decode": ["fwd"], "paged": ["fwd"], "memory": ["fwd", "fwd+bwd"]}.get(preset, ["fwd", "bwd"])
 
 
 def cases_of(preset: str, gpu: bool, directions: Iterable[str], dtypes: Iterable[str], head_dims: Iterable[int] = ()) -> list[Case]:

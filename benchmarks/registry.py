@@ -23,14 +23,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flash_ext
 
-from . import cudnn_fp8, patterns
+from . import cache_peers, cudnn_fp8, patterns
+from .cache_peers import NotCovered
+from .caches import CacheCase
 from .presets import DTYPES, Case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class NotCovered(Exception):
-    """This implementation does not compute this case; the message says why."""
 
 
 class Implementation:
@@ -67,6 +65,8 @@ class FlashExt(Implementation):
 
     def bind(self, case: Case, device: str) -> Attend:
         _require(case.dtype in ("bf16", "fp16"), f"no kernel takes {case.dtype}")
+        if isinstance(case, CacheCase):
+            return cache_peers.flash_ext_kernels(case, device)
         options = _options_of_ours(case, device)
         shapes = [torch.empty(shape, dtype=getattr(torch, _LONG[case.dtype]), device=device) for shape in case.shapes()[:3]]
         if case.lengths:
@@ -111,6 +111,8 @@ class Reference(Implementation):
 
     def bind(self, case: Case, device: str) -> Attend:
         _require(case.dtype != "fp8", "it takes no fp8")
+        if isinstance(case, CacheCase):
+            return cache_peers.flash_ext_reference(case, device)
         return _our_call(case, {**_options_of_ours(case, device), "backend": "reference"})
 
 
@@ -144,6 +146,8 @@ class Sdpa(Implementation):
         if case.dtype == "fp8" and self.name == "cudnn":
             return _cudnn_fp8(case, device)
         _require(case.dtype != "fp8", "torch's SDPA takes no fp8")
+        if isinstance(case, CacheCase):
+            return cache_peers.gathered(case, device, self._call(False, None))
         _require(not case.changes_scores, "torch's SDPA has neither softcap nor sinks")
         _require(not case.causal or case.seqlen_q == case.seqlen_k, "torch's is_causal is aligned to the top left")
         if case.lengths and self.name == "fa2" and device == "cuda":
@@ -210,6 +214,7 @@ class Flex(Implementation):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         _require(case.dtype != "fp8", "FlexAttention takes no fp8")
+        _require(not isinstance(case, CacheCase), "FlexAttention is not measured over caches")
         _require(not case.sinks, "FlexAttention has no sinks of its own")
         config.donated_buffer = False  # lets the backward run twice over one forward, as it is timed
         torch._dynamo.reset()  # each case is compiled anew; past a few of them dynamo would stop compiling
@@ -317,6 +322,9 @@ class FlashAttention3(Implementation):
         _require(case.dtype != "fp32", "it takes no fp32")
         _require(not case.prefix and not case.pattern, f"it has no {case.mask} mask")
         forward = self._forward
+        if isinstance(case, CacheCase):
+            _require(case.dtype != "fp8", "caches are measured in 16 bits")
+            return cache_peers.flash_attention_3(case, device, forward)
         ends = _cumulative(case.lengths, device) if case.lengths else None
         longest = max(case.lengths) if case.lengths else None
         sequences = len(case.lengths) or case.batch
@@ -347,6 +355,27 @@ class FlashAttention3(Implementation):
         return attend
 
 
+class CachePackage(Implementation):
+    """Another library's decoding, where its package is installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.title, self._module, self._call = cache_peers.PACKAGES[name]
+
+    def absent(self, device: str) -> str | None:
+        return cache_peers.why_no_package(self._module, device)
+
+    def version(self) -> str:
+        if importlib.util.find_spec(self._module) is None:
+            return ""
+        return f"{self._module} {getattr(cache_peers.load(self._module), '__version__', '(no version)')}"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(isinstance(case, CacheCase), "measured over KV caches alone")
+        _require(case.dtype == "bf16", "measured in bf16 alone")
+        return self._call(case, device, cache_peers.load(self._module))
+
+
 def implementations() -> dict[str, Implementation]:
     found = (
         FlashExt(),
@@ -354,6 +383,7 @@ def implementations() -> dict[str, Implementation]:
         Sdpa("fa2", "FlashAttention-2", SDPBackend.FLASH_ATTENTION, masks=False),
         FlashAttention3(),
         Flex(),
+        *(CachePackage(name) for name in cache_peers.PACKAGES),
         Sdpa("math", "unfused", SDPBackend.MATH, masks=True),
         Reference(),
     )

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .criteria import PASS, criteria
+
 SCHEMA = 1
 Run = dict[str, Any]
 
@@ -88,6 +90,7 @@ def merge(runs: list[Run]) -> Run:
     merged["notes"] = list(dict.fromkeys(note for run in runs for note in run["notes"]))
     merged["cases"] = list({row["name"]: row for run in runs for row in run["cases"]}.values())
     done = {row["name"] for row in merged["cases"]}
+    merged["criteria"] = criteria(merged)
     merged["left_out"] = [name for run in runs for name in run["left_out"] if name not in done]
     return merged
 
@@ -238,6 +241,16 @@ def energy_table(run: Run) -> list[str]:
     return ["### Energy, net of idle", "", *_table(header, body), ""]
 
 
+def criteria_table(run: Run) -> list[str]:
+    rows = criteria(run)
+    if not rows:
+        return []
+    passed = sum(row["verdict"] == PASS for row in rows)
+    body = [[r["criterion"], r["case"], f"{r['value']:.2f}", f"{r['bound']:.2f}", r["verdict"]] for r in rows]
+    header = ["criterion", "case", "measured", "bound", "verdict"]
+    return [f"### Criteria: {passed} of {len(rows)} pass", "", *_table(header, body), ""]
+
+
 def _ceilings(ceilings: dict[str, Any], when: str) -> str:
     products = ", ".join(
         f"{k.removesuffix('_tflops')} matrix product {number(v)} TFLOP/s" for k, v in ceilings.items() if k.endswith("_tflops")
@@ -275,7 +288,8 @@ LEGEND = (
 
 
 def markdown(run: Run) -> str:
-    lines = [*summary(run), LEGEND, "", *speed_tables(run), *memory_table(run), *energy_table(run), *_reasons(run)]
+    lines = [*summary(run), LEGEND, "", *speed_tables(run), *criteria_table(run)]
+    lines += [*memory_table(run), *energy_table(run), *_reasons(run)]
     if run["left_out"]:
         lines += [f"Left out, the time being up: {len(run['left_out'])} cases.", ""]
     return "\n".join(lines)

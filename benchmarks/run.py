@@ -26,6 +26,7 @@ if __name__ == "__main__":  # the checkout whose commit is recorded is the one t
 import torch
 
 from benchmarks import ceilings, energy, machine, report
+from benchmarks.criteria import criteria
 from benchmarks.nvml import Provider, Unavailable
 from benchmarks.presets import DTYPES, PASSES, PRESETS, Case, cases_of, default_passes
 from benchmarks.registry import Implementation, implementations
@@ -33,6 +34,9 @@ from benchmarks.runner import FAILED, WRONG, DeviceLost, Session, measure_case
 from benchmarks.timing import stopwatch_of
 
 DEFAULT_IMPLEMENTATIONS = {"cuda": "flash_ext,cudnn,fa2,fa3,flex", "cpu": "reference,fa2,math"}
+# Over KV caches; SDPA has no cache, so that its kernels read gathered ones.
+CACHE_PRESETS = ("decode", "paged")
+CACHE_IMPLEMENTATIONS = {"cuda": "flash_ext,fa3,flash_attn,flashinfer,flashmla,cudnn,fa2", "cpu": "reference,math"}
 UNFUSED = "math"  # what the memory preset compares with
 DEFAULT_SECONDS = {"cuda": 1.0, "cpu": 0.2}
 
@@ -146,7 +150,7 @@ def parser() -> Parser:
 
 
 def default_implementations(preset: str, device: str) -> list[str]:
-    names = DEFAULT_IMPLEMENTATIONS[device].split(",")
+    names = (CACHE_IMPLEMENTATIONS if preset in CACHE_PRESETS else DEFAULT_IMPLEMENTATIONS)[device].split(",")
     return [*names, UNFUSED] if preset == "memory" and UNFUSED not in names else names
 
 
@@ -281,6 +285,7 @@ def main(argv: Sequence[str] | None = None, provider: Provider | None = None) ->
             "left_out": [],
         }
         failures = _measure(run, cases, chosen, session, arguments)
+    run["criteria"] = criteria(run)
     text = report.markdown(run)
     print(text)
     if arguments.json:

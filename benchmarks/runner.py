@@ -17,7 +17,7 @@ import flash_ext
 from . import check, energy, memory
 from .ceilings import Ceilings
 from .nvml import Provider, Sampler
-from .presets import Case, Tensors, build
+from .presets import Case, Tensors
 from .registry import Attend, Implementation, NotCovered
 from .timing import Spread, Stopwatch, time_interleaved
 
@@ -162,8 +162,13 @@ def _add_ratios(outcomes: dict[str, dict[str, Any]], chosen: dict[str, Implement
 def measure_case(case: Case, chosen: dict[str, Implementation], session: Session) -> dict[str, Any]:
     """The case's row: its description, each implementation's outcome, and the conditions while it was timed."""
     begin = time.perf_counter()
-    tensors = build(case, session.device)
-    outcomes, calls = _prepare(case, chosen, tensors, session)
+    try:
+        tensors = case.build(session.device)
+    except torch.OutOfMemoryError:  # no implementation's fault
+        tensors, calls = None, {}
+        outcomes = dict.fromkeys(chosen, _outcome(NOT_COVERED, "the case does not fit this GPU's memory"))
+    else:
+        outcomes, calls = _prepare(case, chosen, tensors, session)
     conditions: dict[str, Any] = {}
     times: dict[str, Spread] = {}
     if calls:
@@ -195,6 +200,7 @@ def measure_case(case: Case, chosen: dict[str, Implementation], session: Session
         "case": asdict(case) | {"mask": case.mask},
         "flops": case.flops(),
         "bytes": case.bytes_moved(),
+        "limit": session.ceilings.limit(case),
         "implementations": outcomes,
         "conditions": conditions,
         "wall_s": time.perf_counter() - begin,

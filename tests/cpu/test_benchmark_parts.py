@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks import ceilings, check, energy, nvml, presets, registry, report, runner, timing  # noqa: E402
-from benchmarks.presets import Case, build, cases_of  # noqa: E402
+from benchmarks.presets import Case, cases_of  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +102,9 @@ def test_packed_lengths_fill_the_tokens_and_stay_in_range() -> None:
 
 def test_tensors_of_a_case_are_its_own_and_repeatable() -> None:
     case = Case("x", 1, 8, 8, 2, 1, 16, 8)
-    first, again, other = build(case, "cpu"), build(case, "cpu"), build(replace(case, causal=True), "cpu")
+    first, again, other = case.build("cpu"), case.build("cpu"), replace(case, causal=True).build("cpu")
     assert torch.equal(first.q, again.q) and not torch.equal(first.q, other.q)
-    eighth = build(replace(case, dtype="fp8"), "cpu")
+    eighth = replace(case, dtype="fp8").build("cpu")
     assert eighth.q.dtype == torch.float8_e4m3fn and eighth.dout.dtype == torch.bfloat16
 
 
@@ -122,7 +122,7 @@ CHECKED = [
 def test_the_truth_is_the_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks and by rows, what the dense definition gives as a whole; and it passes its own rule, which can fail."""
     monkeypatch.setattr(check, "CHUNK_ELEMENTS", 37 * case.seqlen_k)
-    tensors = build(case, "cpu")
+    tensors = case.build("cpu")
     inputs, options = (tensors.q, tensors.k, tensors.v), {"causal": case.causal, "window_size": case.window}
     whole = dense_results(inputs, tensors.dout, None, torch.float64, options)
     truth = check.truth_of(case, tensors)
@@ -146,7 +146,7 @@ def test_the_truth_is_the_definition(case: Case, monkeypatch: pytest.MonkeyPatch
 
 def test_fp8_results_are_held_to_a_bound_of_their_own() -> None:
     case = Case("x", 1, 64, 64, 2, 2, 32, 32, dtype="fp8")
-    tensors = build(case, "cpu")
+    tensors = case.build("cpu")
     out, _ = dense_attention(*(t.float() for t in (tensors.q, tensors.k, tensors.v)))
     truth = check.truth_of(case, tensors)
     assert check.problems_of(truth, {"out": out.to(torch.bfloat16)}) == []
@@ -424,7 +424,7 @@ MASKS = [
 
 
 def passes(implementation: registry.Implementation, case: Case) -> list[str]:
-    tensors = build(case, "cpu")
+    tensors = case.build("cpu")
     results = runner.results_of(case, implementation.bind(case, "cpu"), tensors)
     return check.problems_of(check.truth_of(case, tensors), results)
 
@@ -608,7 +608,7 @@ def test_packed_sequences_through_torchs_varlen(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     monkeypatch.setattr(registry, "_cumulative", lambda lengths, device: torch.tensor([0, 20, 21, 48]))
-    tensors = build(case, "cpu")
+    tensors = case.build("cpu")
     out = registry.implementations()["fa2"].bind(case, "cuda")(tensors.q, tensors.k, tensors.v)
     assert check.problems_of(check.truth_of(case, tensors), {"out": out}) == []
 
@@ -639,7 +639,7 @@ def test_a_timed_backward_runs_no_forward() -> None:
         forwards.append(torch.is_grad_enabled())
         return attend(*tensors)
 
-    tensors = build(case, "cpu")
+    tensors = case.build("cpu")
     call = runner.call_of(case, counted, tensors)
     first, again = call(), call()
     assert forwards == [True] and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

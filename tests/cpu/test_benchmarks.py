@@ -378,7 +378,7 @@ def test_energy_without_a_meter_is_said_and_is_no_failure(provider: Any, tmp_pat
     )
 
 
-@pytest.mark.parametrize("preset", ["paper", "decode", "varlen", "mask", "features", "memory"])
+@pytest.mark.parametrize("preset", ["paper", "decode", "paged", "varlen", "mask", "features", "memory"])
 def test_every_preset_runs_without_a_gpu(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "plot.png"
     found = measured(
@@ -388,7 +388,7 @@ def test_every_preset_runs_without_a_gpu(preset: str, tmp_path: Path, capsys: py
     assert ("math", "timed") in statuses and not {s for _, s in statuses} & {"wrong", "failed"}
     assert out.stat().st_size > 10_000
     text = capsys.readouterr().out
-    assert ("GB/s |" in text or ": GB/s" in text) == (preset == "decode")
+    assert ("GB/s |" in text or ": GB/s" in text) == (preset in ("decode", "paged"))
     assert ("Peak extra bytes" in text) == (preset == "memory")
 
 

@@ -15,7 +15,8 @@ from flash_ext import _emulator
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import memory
+from benchmarks import caches, memory, registry, runner, timing
+from benchmarks.ceilings import Ceilings
 
 pytestmark = pytest.mark.skipif(
     flash_ext.explain_with_kvcache(**kvcache_cases.build(Case("any", (5,)), "cpu", torch.bfloat16)).backend == "reference",
@@ -66,3 +67,15 @@ def test_the_workspace_is_what_is_allocated(splits: int, rotary: str, layout: st
     results = made["q"].numel() * 2 + 3 * 8 * 2 * 4  # out and lse
     found = memory.peak_extra_bytes(lambda: without_checks(made, splits), "cpu")
     assert found == told.workspace_bytes + results and (len(told.copies) == 2) == (layout == "odd strides")
+
+
+@pytest.mark.parametrize("page_size", (0, 1, 16))
+def test_the_benchmark_checks_and_times_the_kernels(page_size: int, schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule("plain")
+    monkeypatch.setenv("FLASH_EXT_STRICT", "1")
+    case = caches.CacheCase("grouped", 2, 1, 256, 8, 2, 64, 64, page_size=page_size)
+    session = runner.Session(
+        "cpu", timing.CpuStopwatch(), Ceilings(1.0, {}, 0), None, seconds=0.001, least=1, most=1, pause_s=0.0
+    )  # fmt: skip
+    found = runner.measure_case(case, {"flash_ext": registry.FlashExt()}, session)["implementations"]["flash_ext"]
+    assert found["status"] == "timed" and found["gb_s"] > 0, found
