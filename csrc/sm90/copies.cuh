@@ -5,9 +5,12 @@
 #include "common/seqlens.cuh"
 #include "common/swizzle.cuh"
 #include "common/work.cuh"
+#include "sm90/barriers.h"
 #include "sm90/primitives.cuh"
 
 namespace flash_ext::sm90 {
+
+constexpr int kThreadsPerWarpgroup = 128;
 
 // Rows [row, row + kRows) of a range of rows of one head, slab by slab. The range has the first of them.
 template <int kRows, int kColumns>
@@ -38,6 +41,29 @@ __device__ __forceinline__ void load_queries(const TmaTensor& tensor, uint64_t* 
               queries.head_kv * tensor.head_step, range.batch * tensor.batch_step},
              hint);
   }
+}
+
+// Q, in place, for a scale that is not positive (FoldedScale): the rows of one consumer warpgroup in a tile of kBlockM rows and
+// kSlabs slabs, 16 bytes a thread at a time.
+template <int kBlockM, int kSlabs>
+__device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread, uint32_t keep, uint32_t flip) {
+  constexpr int kBytesPerSlab = kRowsPerWarpgroup * kSlabRowBytes;
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    const uint32_t start = q + slab * kBlockM * kSlabRowBytes + warpgroup * kBytesPerSlab;
+    for (int offset = thread * 16; offset < kBytesPerSlab; offset += kThreadsPerWarpgroup * 16) {
+      uint32_t w[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                   : "r"(start + offset)
+                   : "memory");
+      for (uint32_t& word : w) word = (word & keep) ^ flip;
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                   ::"r"(start + offset), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                   : "memory");
+    }
+  }
+  fence_async_proxy();
+  named_barrier_sync(query_rewritten_by(warpgroup), kThreadsPerWarpgroup);
 }
 
 }  // namespace flash_ext::sm90

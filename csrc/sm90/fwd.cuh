@@ -23,14 +23,11 @@
 #include "host/tma.h"
 #include "sm90/barriers.h"
 #include "sm90/copies.cuh"
+#include "sm90/items.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/primitives.cuh"
 
 namespace flash_ext::sm90 {
-
-constexpr int kThreadsPerWarpgroup = 128;
-
-constexpr int kMaxSharedBytes = 227 * 1024;
 
 // Tile sizes by head dims, mask and score: registers bound S + P + O of a consumer thread and what masks and scores need
 // beside them, shared memory the stages.
@@ -75,18 +72,6 @@ template <>
 struct FwdTile<192, 192, BlockMask, ModifiedScore> : TileSizes<128, 64, 3, 1> {};
 template <class Score>
 struct FwdTile<256, 256, BlockMask, Score> : TileSizes<128, 64, 2, 1> {};
-
-// Work policy: the items of the call's schedule, each with all the keys that its queries see.
-struct ScheduledWork {
-  __device__ __forceinline__ static int num_items(const FwdParams& params) { return params.schedule.num_items(); }
-  template <int kBlockM>
-  __device__ __forceinline__ static QueryTile query_tile(const FwdParams& params, int index, int lane) {
-    return warp_query_tile<kBlockM>(params, params.schedule.item(index), lane);
-  }
-  __device__ __forceinline__ static KeyTiles part_of(const FwdParams&, const QueryTile&, const KeyTiles& tiles) {
-    return tiles;
-  }
-};
 
 // Producer policy: what the producer warpgroup does.
 struct TmaProducer {
@@ -156,28 +141,6 @@ struct SharedStorage {
   QueryTile items[4 * Config::kNumConsumers];
 };
 
-// The items of one CTA in order, the same for every role, by converged warps: function(queries, tiles of keys).
-template <class Config, class Function>
-__device__ __forceinline__ void for_each_item(const typename Config::Params& params, int lane, Function&& function) {
-  using Work = typename Config::Work;
-  const int num_items = Work::num_items(params);
-  for (int round = 0;; ++round) {
-    const int index = Schedule::index(round, blockIdx.x, gridDim.x);
-    if (index >= num_items) return;
-    const QueryTile queries = Work::template query_tile<Config::kBlockM>(params, index, lane);
-    if (!queries.exists()) continue;
-    if constexpr (Config::Tiles::kListed) {
-      static_assert(kMaskBlock % Config::kBlockM == 0, "a tile of queries lies in one block");
-      function(queries, ListedTiles<Config::kBlockN>::of_line(params.blocks, queries.index, queries.head(0),
-                                                              queries.first_position / kMaskBlock));
-    } else {
-      const KeyTiles tiles = Config::Tiles::template key_tiles<Config::kBlockN>(
-          typename Config::Mask(params.mask), queries.sequence, queries.first_position, queries.last_position(Config::kBlockM));
-      function(queries, Work::part_of(params, queries, tiles));
-    }
-  }
-}
-
 // ---- producer: one warp, of which one thread copies ----
 
 template <class Config>
@@ -235,39 +198,6 @@ __device__ __forceinline__ void TmaProducer::run(const FwdParams& params, Shared
 }
 
 // ---- consumers: 64 rows each ----
-
-// What `step` needs to know of a tile of keys.
-struct UnmaskedTile {
-  template <int kNumAcc>
-  __device__ __forceinline__ void hide(float (&)[kNumAcc]) const {}
-};
-template <int kNumAcc>
-struct MaskedTile {
-  typename HiddenBits<kNumAcc>::Word hidden[2];  // of the thread's rows
-  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const { hide_keys(acc_s, hidden); }
-};
-
-// Q, in place, for a scale that is not positive: the rows of one warpgroup, 16 bytes a thread at a time.
-template <class Config>
-__device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread, uint32_t keep, uint32_t flip) {
-  constexpr int kBytesPerSlab = kRowsPerWarpgroup * kSlabRowBytes;
-  for (int slab = 0; slab < num_slabs(Config::kHeadDim); ++slab) {
-    const uint32_t start = q + slab * Config::kBlockM * kSlabRowBytes + warpgroup * kBytesPerSlab;
-    for (int offset = thread * 16; offset < kBytesPerSlab; offset += kThreadsPerWarpgroup * 16) {
-      uint32_t w[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                   : "r"(start + offset)
-                   : "memory");
-      for (uint32_t& word : w) word = (word & keep) ^ flip;
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                   ::"r"(start + offset), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                   : "memory");
-    }
-  }
-  fence_async_proxy();
-  named_barrier_sync(query_rewritten_by(warpgroup), kThreadsPerWarpgroup);
-}
 
 template <class Config>
 __device__ __forceinline__ void consume(const typename Config::Params& params, SharedStorage<Config>& shared,
@@ -429,7 +359,7 @@ __device__ __forceinline__ void consume(const typename Config::Params& params, S
     if (tiles.num_tiles > 0) {
       shared.q_ring.wait_full(q_state);
       if (!Score::kModifies && scale.changes_q()) {
-        rewrite_q<Config>(shared_address(shared.q[q_state.stage]), warpgroup, thread, scale.q_keep_bits,
+        rewrite_q<Config::kBlockM, num_slabs(Config::kHeadDim)>(shared_address(shared.q[q_state.stage]), warpgroup, thread, scale.q_keep_bits,
                           scale.q_flip_bits);
       }
       float rescale[2];

@@ -24,14 +24,13 @@
 #include "host/tma.h"
 #include "sm90/barriers.h"
 #include "sm90/copies.cuh"
+#include "sm90/items.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/primitives.cuh"
 #include "sm90/wgmma_fp8.cuh"
 
 namespace flash_ext::sm90::fp8 {
 
-constexpr int kThreadsPerWarpgroup = 128;
-constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kRowsPerScale = 64;
 static_assert(kRowsPerScale == kRowsPerWarpgroup, "a warpgroup's queries share a scale");
 
@@ -66,6 +65,8 @@ struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
   using Mask = Mask_;
   using Score = Score_;
   using Tiles = RangeTiles<Mask>;
+  using Params = FwdFp8Params;
+  using Work = ScheduledWork;
   using Shape = Tile<kHeadDim_, Score_, Sums_>;
   static constexpr int kHeadDim = kHeadDim_;  // the largest of head_dim and head_dim_v: TMA fills other columns with zeros
   static constexpr int kBlockM = 128;
@@ -99,21 +100,6 @@ struct SharedStorage {
   uint64_t transposed_full[Config::kStages];
   uint64_t transposed_empty[Config::kStages];
 };
-
-// The items of one CTA in order, the same for every role, by converged warps: function(queries, tiles of keys).
-template <class Config, class Function>
-__device__ __forceinline__ void for_each_item(const FwdFp8Params& params, int lane, Function&& function) {
-  const Schedule& schedule = params.schedule;
-  for (int round = 0;; ++round) {
-    const int index = Schedule::index(round, blockIdx.x, gridDim.x);
-    if (index >= schedule.num_items()) return;
-    const QueryTile queries = warp_query_tile<Config::kBlockM>(params, schedule.item(index), lane);
-    if (!queries.exists()) continue;
-    function(queries, Config::Tiles::template key_tiles<Config::kBlockN>(
-                          typename Config::Mask(params.mask), queries.sequence, queries.first_position,
-                          queries.last_position(Config::kBlockM)));
-  }
-}
 
 // ---- producer: a thread of warp 0 copies, warps 1 to 3 transpose ----
 
@@ -212,38 +198,6 @@ struct Scale {
     return first == nullptr ? 1.f : __ldg(first + (kBlocks ? min_of(block, last) * step : 0));
   }
 };
-
-struct UnmaskedTile {
-  template <int kNumAcc>
-  __device__ __forceinline__ void hide(float (&)[kNumAcc]) const {}
-};
-template <int kNumAcc>
-struct MaskedTile {
-  typename HiddenBits<kNumAcc>::Word hidden[2];  // of the thread's rows
-  __device__ __forceinline__ void hide(float (&acc_s)[kNumAcc]) const { hide_keys(acc_s, hidden); }
-};
-
-// Q, in place, for a scale that is not positive: the rows of one warpgroup, 16 bytes a thread at a time.
-template <class Config>
-__device__ __forceinline__ void rewrite_q(uint32_t q, int warpgroup, int thread, uint32_t keep, uint32_t flip) {
-  constexpr int kBytesPerSlab = kRowsPerWarpgroup * kSlabBytes;
-  for (int slab = 0; slab < num_byte_slabs(Config::kHeadDim); ++slab) {
-    const uint32_t start = q + slab * Config::kBlockM * kSlabBytes + warpgroup * kBytesPerSlab;
-    for (int offset = thread * 16; offset < kBytesPerSlab; offset += kThreadsPerWarpgroup * 16) {
-      uint32_t w[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                   : "r"(start + offset)
-                   : "memory");
-      for (uint32_t& word : w) word = (word & keep) ^ flip;
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                   ::"r"(start + offset), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                   : "memory");
-    }
-  }
-  fence_async_proxy();
-  named_barrier_sync(query_rewritten_by(warpgroup), kThreadsPerWarpgroup);
-}
 
 // Four neighbouring columns of a finished row.
 __device__ __forceinline__ uint2 pack_output(const float (&x)[4], bool fp16) {
@@ -493,7 +447,7 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
     if (tiles.num_tiles > 0) {
       shared.q_ring.wait_full(q_state);
       if (!Score::kModifies && folded.changes_q()) {
-        rewrite_q<Config>(shared_address(shared.q), warpgroup, thread, folded.q_keep_bits,
+        rewrite_q<Config::kBlockM, num_byte_slabs(Config::kHeadDim)>(shared_address(shared.q), warpgroup, thread, folded.q_keep_bits,
                           folded.q_flip_bits != 0 ? 0x80808080u : 0);
       }
       if constexpr (Config::kOverlaps) {
