@@ -113,6 +113,19 @@ def _lists(shape: tuple[int, int, int], partial: tuple[Tensor, Tensor], full: tu
     return BlockLists(offsets.int(), counts[1].int().view(shape), entries.int())
 
 
+def _turns(columns: BlockLists, blocks_q: int) -> Tensor:
+    """(kept) int32: the rank of each entry's block of keys among those that list the same block of queries."""
+    kept, device = columns.entries.shape[0], columns.entries.device
+    blocks_k = max(1, columns.num_partial.shape[2])
+    lines = torch.arange(columns.num_partial.numel(), device=device)
+    column = lines.repeat_interleave(columns.offsets.diff().long(), output_size=kept)
+    row = column // blocks_k * blocks_q + columns.entries[:, 0]
+    row, order = (row * blocks_k + column % blocks_k).sort(stable=True)
+    row = row // blocks_k
+    place = torch.arange(kept, device=device)
+    return torch.empty_like(place).scatter_(0, order, place - torch.searchsorted(row, row)).int()
+
+
 class _Kept:
     """The blocks found so far: coordinates of the partial and of the full ones, and the bits of the former."""
 
@@ -162,6 +175,8 @@ class BlockMask:
         columns: the lists of blocks of queries, for each (batch, head, block of keys).
         bits: (partial blocks, 2, 128, 4) int32: which keys each query of a block sees, and which queries see each key. Bit
             2 c + e of word w in a row stands for column 8 c + 2 w + e.
+        turns: (kept) int32, derived: of each entry of columns, how many blocks of keys before its own the block of queries has:
+            the order in which a deterministic backward sums dq.
 
     batch and num_heads are 1 for a mask that all sequences, or all heads, share. The lists are trusted: build them by the
     functions above.
@@ -172,7 +187,11 @@ class BlockMask:
     rows: BlockLists
     columns: BlockLists
     bits: Tensor
+    turns: Tensor = field(init=False)
     _derived: dict[Any, BlockMask] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", _turns(self.columns, num_blocks(self.seqlen_q)))
 
     @property
     def batch(self) -> int:
@@ -209,8 +228,8 @@ class BlockMask:
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The seven tensors in the order of the ops' arguments."""
-        return (*self.rows.tensors(), *self.columns.tensors(), self.bits)
+        """The eight tensors in the order of the ops' arguments."""
+        return (*self.rows.tensors(), *self.columns.tensors(), self.bits, self.turns)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """A copy on another device."""

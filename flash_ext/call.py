@@ -139,6 +139,7 @@ class BlockMaskInputs(NamedTuple):
     column_partial: Tensor
     column_entries: Tensor
     bits: Tensor
+    turns: Tensor
     sinks: Tensor | None
     alibi_slopes: Tensor | None
     k_bias: Tensor | None
@@ -149,4 +150,4 @@ class BlockMaskInputs(NamedTuple):
         return self.row_offsets, self.row_partial, self.row_entries, self.bits
 
 
-BLOCK_MASK_TENSORS = 13  # the first fields of BlockMaskInputs are tensors or None
+BLOCK_MASK_TENSORS = 14  # the first fields of BlockMaskInputs are tensors or None

@@ -28,6 +28,7 @@ struct BlockListParams {
   const int* num_partial;  // (lines) int32: that many of its entries come first and are partial, the others are full
   const BlockEntry* entries;  // (entries)
   const uint32_t* bits;    // (partial blocks, 2, kMaskBlock, kMaskWords)
+  const int* turns;        // (entries), of columns: how many blocks of keys come before this one at its block of queries; or null
   int64_t batch_stride;    // lines from one sequence to the next; 0: one mask for all
   int head_stride;         // lines from one query head to the next; 0: one mask for all
   int num_entries;         // of all lines: what offsets are clamped to
@@ -45,46 +46,90 @@ struct ListTiles {
   static constexpr bool kListed = true, kManyMasked = true, kMaskedLeft = false;
 };
 
-// The tiles of one line, of kTile scores along the other sequence, in the order of the list: partial ones first. What stands in
-// device memory is not trusted: no index leaves its tensor.
+// One tile of a list.
+struct ListedTile {
+  int index;  // along the other sequence, in tiles
+  int slot;   // of its block's bits, below 0: full
+  int entry;
+};
+
+// A line as places [begin, end) of tiles of kTile scores along the other sequence, kTilesPerBlock for each entry, in the order of
+// the list: partial ones first. What stands in device memory is not trusted: no index leaves its tensor.
 template <int kTile>
-struct ListedTiles {
+struct ListedLine {
   static_assert(kMaskBlock % kTile == 0 && kTile >= 16, "whole tiles of a block, and whole bytes of its bits");
   static constexpr int kTilesPerBlock = kMaskBlock / kTile;
+
+  uint32_t begin, end;
+
+  // Of batch entry `batch` and query head `head`.
+  FX_HOST_DEVICE constexpr static int64_t index(const BlockListParams& params, int batch, int head, int own_block) {
+    return batch * params.batch_stride + int64_t(head) * params.head_stride + own_block;
+  }
+  FX_HOST_DEVICE constexpr static ListedLine of(const BlockListParams& params, int batch, int head, int own_block) {
+    const int64_t line = index(params, batch, head, own_block);
+    const int first = clamp(params.offsets[line], 0, params.num_entries);
+    const int last = clamp(params.offsets[line + 1], first, params.num_entries);
+    return {uint32_t(first) * kTilesPerBlock, uint32_t(last) * kTilesPerBlock};
+  }
+  FX_HOST_DEVICE constexpr static ListedTile tile(const BlockListParams& params, uint32_t place) {
+    const BlockEntry entry = params.entries[place / kTilesPerBlock];
+    return {clamp(entry.block, 0, params.num_blocks - 1) * kTilesPerBlock + int(place % kTilesPerBlock),
+            min_of(entry.slot, params.num_bits - 1), int(place / kTilesPerBlock)};
+  }
+};
+
+// In a deterministic sum of dQ, how many tiles of kBlockN keys add to a tile of queries before tile n_block of keys.
+template <int kBlockN>
+FX_HOST_DEVICE constexpr int listed_turn(const BlockListParams& params, const ListedTile& tile, int n_block) {
+  constexpr int kTilesPerBlock = kMaskBlock / kBlockN;
+  return params.turns[tile.entry] * kTilesPerBlock + n_block % kTilesPerBlock;
+}
+
+#ifdef __CUDACC__
+// What a thread of a matrix instruction does not see of its rows `row` and row + 8 of a tile, see HiddenBits. row: of the
+// block; direction: 0 for rows of queries, 1 for rows of keys.
+template <int kTile>
+__device__ __forceinline__ void load_hidden(const BlockListParams& params, const ListedTile& tile, int direction, int row, int lane,
+                                            uint32_t (&hidden)[2]) {
+  hidden[0] = hidden[1] = 0;
+  if (tile.slot < 0) return;
+  const uint32_t* words = params.bits + (int64_t(tile.slot) * kMaskBitsWords + (direction * kMaskBlock + row) * kMaskWords + lane % 4);
+  const int shift = tile.index % (kMaskBlock / kTile) * (kTile / 4);
+  // Complements that the compiler cannot see through: it would test the bits one by one.
+  asm("not.b32 %0, %1;" : "=r"(hidden[0]) : "r"(words[0] >> shift));
+  asm("not.b32 %0, %1;" : "=r"(hidden[1]) : "r"(words[8 * kMaskWords] >> shift));
+}
+#endif
+
+// The tiles of one line as the forward walks them.
+template <int kTile>
+struct ListedTiles {
+  using Line = ListedLine<kTile>;
 
   const BlockEntry* entries;  // of the line
   int num_tiles;
   int num_masked;  // the first tiles need their bits, the others none
   int num_blocks;  // along the other sequence
 
-  // Of batch entry `batch` and query head `head`.
   FX_HOST_DEVICE constexpr static ListedTiles of_line(const BlockListParams& params, int batch, int head, int own_block) {
-    const int64_t line = batch * params.batch_stride + int64_t(head) * params.head_stride + own_block;
-    const int first = clamp(params.offsets[line], 0, params.num_entries);
-    const int last = clamp(params.offsets[line + 1], first, params.num_entries);
-    const int partial = clamp(params.num_partial[line], 0, last - first);
-    return {params.entries + first, (last - first) * kTilesPerBlock, partial * kTilesPerBlock, params.num_blocks};
+    const Line line = Line::of(params, batch, head, own_block);
+    const int num_tiles = int(line.end - line.begin);
+    const int partial = clamp(params.num_partial[Line::index(params, batch, head, own_block)], 0, num_tiles / Line::kTilesPerBlock);
+    return {params.entries + line.begin / Line::kTilesPerBlock, num_tiles, partial * Line::kTilesPerBlock, params.num_blocks};
   }
 
-  FX_HOST_DEVICE constexpr BlockEntry entry(int i) const { return entries[i / kTilesPerBlock]; }
+  FX_HOST_DEVICE constexpr BlockEntry entry(int i) const { return entries[i / Line::kTilesPerBlock]; }
 
   // The i-th tile visited.
   FX_HOST_DEVICE constexpr int n_block(int i) const {
-    return clamp(entry(i).block, 0, num_blocks - 1) * kTilesPerBlock + i % kTilesPerBlock;
+    return clamp(entry(i).block, 0, num_blocks - 1) * Line::kTilesPerBlock + i % Line::kTilesPerBlock;
   }
 
 #ifdef __CUDACC__
-  // What a thread of a matrix instruction does not see of its rows `row` and row + 8 of the i-th tile, see HiddenBits. row: of
-  // the block; direction: 0 for rows of queries, 1 for rows of keys.
   __device__ __forceinline__ void load_hidden(const BlockListParams& params, int i, int direction, int row, int lane, uint32_t (&hidden)[2]) const {
-    const int slot = min_of(entry(i).slot, params.num_bits - 1);
-    hidden[0] = hidden[1] = 0;
-    if (slot < 0) return;
-    const uint32_t* words = params.bits + (int64_t(slot) * kMaskBitsWords + (direction * kMaskBlock + row) * kMaskWords + lane % 4);
-    const int shift = i % kTilesPerBlock * (kTile / 4);
-    // Complements that the compiler cannot see through: it would test the bits one by one.
-    asm("not.b32 %0, %1;" : "=r"(hidden[0]) : "r"(words[0] >> shift));
-    asm("not.b32 %0, %1;" : "=r"(hidden[1]) : "r"(words[8 * kMaskWords] >> shift));
+    const ListedTile tile{i % Line::kTilesPerBlock, min_of(entry(i).slot, params.num_bits - 1), 0};
+    flash_ext::load_hidden<kTile>(params, tile, direction, row, lane, hidden);
   }
 #endif
 };

@@ -49,6 +49,7 @@ BlockListParams block_list_params(const Lists& lists, const Tensor& bits, const 
           .num_partial = static_cast<const int*>(partial.data_ptr()),
           .entries = static_cast<const BlockEntry*>(lists.entries.data_ptr()),
           .bits = static_cast<const uint32_t*>(bits.data_ptr()),
+          .turns = nullptr,
           .batch_stride = partial.size(0) == 1 ? 0 : heads * blocks,
           .head_stride = heads == 1 ? 0 : static_cast<int>(blocks),
           .num_entries = static_cast<int>(lists.entries.size(0)),
@@ -113,10 +114,15 @@ Gradients bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
   const FwdPlan plan = plan_bwd(problem, device);
   if (plan.variant != nullptr) {
     const Lists columns{column_offsets, column_partial, column_entries};
-    const BlockListParams blocks =
+    BlockListParams blocks =
         block_list_params(columns, bits, problem, problem.seqlen_k(), problem.seqlen_q(), "block_mask.columns");
+    FX_CHECK(turns.scalar_type() == torch::headeronly::ScalarType::Int && turns.is_contiguous() && turns.dim() == 1 &&
+                 turns.numel() == blocks.num_entries,
+             "attention: turns of a block_mask must be contiguous and int32, one for each entry of its columns");
+    blocks.turns = static_cast<const int*>(turns.data_ptr());
     OpMemory memory;
     add_lists(memory, columns, bits);
+    memory.add(turns, MemoryRole::kIn, "turns");
     return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, wanted, blocks, memory);
   }
   const std::string reason = backend == "reference" ? "" : plan.rejections_as_text();

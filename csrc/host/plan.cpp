@@ -69,14 +69,14 @@ struct Wanted {
 };
 
 // What of the problem a row does not cover, as bits: a plan is made at every call, its words only where somebody asks.
-enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kScore = 8, kDeterministic = 16 };
+enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kScore = 8 };
 
 unsigned mismatches(const Variant& row, const FwdProblem& problem, const Wanted& wanted) {
   const auto covers = [](int largest, int64_t dim) { return dim <= largest && dim % 8 == 0; };
   const bool dims = covers(row.head_dim, problem.head_dim()) && covers(row.head_dim_v, problem.head_dim_v());
   const bool lists = wanted.mask == Mask::k_blocks || row.mask == Mask::k_blocks;
   return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (lists ? row.mask != wanted.mask : row.mask < wanted.mask) |
-         kScore * (row.score < wanted.score) | kDeterministic * (row.op == Op::k_bwd && lists && problem.deterministic);
+         kScore * (row.score < wanted.score);
 }
 
 std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, const Wanted& wanted) {
@@ -104,7 +104,6 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
     }
     reasons.push_back("no compiled kernel has " + what);
   }
-  if (mismatch & kDeterministic) reasons.push_back("no compiled kernel has deterministic gradients under a block_mask");
   return reasons;
 }
 

@@ -28,10 +28,6 @@ BWD_SM90_TILES = {
 }
 
 
-# Rows with lists of blocks, by (head_dim, scored): the others would spill registers.
-BWD_SM90_LISTED = {(64, False), (64, True), (96, False), (128, False)}
-
-
 def _bwd_sm90() -> list[Variant]:
     return [
         Variant(
@@ -52,7 +48,6 @@ def _bwd_sm90() -> list[Variant]:
         for mask, scored in (
             ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
         )
-        if mask != "blocks" or (head_dim, scored) in BWD_SM90_LISTED
         # Modified scores of (192, 128) would spill in that tile; the row for (192, 192) takes them.
         if not (scored and (head_dim, head_dim_v) == (192, 128))
     ]  # fmt: skip
@@ -86,8 +81,10 @@ def _bwd_sm80() -> list[Variant]:
         )
         for dtype in DTYPES
         for (head_dim, head_dim_v, smem_kib), tile in BWD_SM80_TILES.items()
-        for mask, scored in (("full", False), ("causal", False), ("local", False), ("local", True))
-    ]
+        for mask, scored in (
+            ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
+        )
+    ]  # fmt: skip
 
 
 def _bwd_postprocess() -> list[Variant]:

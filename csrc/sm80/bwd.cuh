@@ -61,7 +61,7 @@ struct BwdConfig : BwdTile<kHeadDim_, kLimit_> {
   using Element = Element_;
   using Mask = Mask_;
   using Score = typename BackwardOf<Score_>::Type;
-  using Tiles = RangeTiles<Mask>;
+  using Tiles = typename TilesOf<Mask>::Type;
   static constexpr SharedLimit kLimit = kLimit_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -103,7 +103,69 @@ struct BwdWork {
   int n_block;
   int head_kv;
   int stats_row;      // of the sequence's first query among the statistics of a head
-  QueryTiles tiles;
+  QueryTiles tiles;   // of ranges
+};
+
+// Where a CTA stands among the tiles of queries that it visits, head by head.
+template <class Config, bool kListed = Config::Tiles::kListed>
+struct QueryVisit {
+  int head;
+  int m_block;
+
+  __device__ __forceinline__ QueryVisit(const BwdParams& params, const BwdWork& work)
+      : head(work.tiles.begin < work.tiles.end ? work.head_kv * (params.num_heads / params.num_heads_kv) : INT_MAX),
+        m_block(work.tiles.begin) {}
+  __device__ __forceinline__ bool exists(const BwdParams& params, const BwdWork& work) const {
+    return head < (work.head_kv + 1) * (params.num_heads / params.num_heads_kv);
+  }
+  __device__ __forceinline__ void advance(const BwdParams&, const BwdWork& work) {
+    if (++m_block < work.tiles.end) return;
+    m_block = work.tiles.begin;
+    ++head;
+  }
+  __device__ __forceinline__ bool is_masked(const BwdWork& work) const {
+    return m_block < work.tiles.full_begin || m_block >= work.tiles.full_end;
+  }
+};
+
+template <class Config>
+struct QueryVisit<Config, true> {
+  using Line = ListedLine<Config::kBlockM>;
+  int head;
+  int m_block;
+  int slot;                   // of the tile's bits, below 0: full
+  uint32_t place, line_end;  // in the list
+
+  __device__ __forceinline__ QueryVisit(const BwdParams& params, const BwdWork& work)
+      : head(work.head_kv * (params.num_heads / params.num_heads_kv) - 1), m_block(0), slot(0), place(0), line_end(0) {
+    find(params, work);
+  }
+  __device__ __forceinline__ bool exists(const BwdParams& params, const BwdWork& work) const {
+    return head < (work.head_kv + 1) * (params.num_heads / params.num_heads_kv);
+  }
+  __device__ __forceinline__ void advance(const BwdParams& params, const BwdWork& work) {
+    ++place;
+    find(params, work);
+  }
+  __device__ __forceinline__ bool is_masked(const BwdWork&) const { return slot >= 0; }
+  __device__ __forceinline__ ListedTile tile() const { return {m_block, slot, int(place / Line::kTilesPerBlock)}; }
+
+  // The tile at `place`, or the next one that exists: lines may be empty, the last block of queries may have tiles beyond them.
+  __device__ __forceinline__ void find(const BwdParams& params, const BwdWork& work) {
+    for (;; ++place) {
+      while (place >= line_end) {
+        ++head;
+        if (!exists(params, work)) return;
+        const Line line = Line::of(params.blocks, work.index, head, work.n_block * Config::kBlockN / kMaskBlock);
+        place = line.begin;
+        line_end = line.end;
+      }
+      const ListedTile found = Line::tile(params.blocks, place);
+      m_block = found.index;
+      slot = found.slot;
+      if (m_block * Config::kBlockM < params.seqlens_q.num_rows) return;
+    }
+  }
 };
 
 template <class Config>
@@ -170,9 +232,14 @@ __device__ __forceinline__ bool find_bwd_work(const BwdParams& params, BwdWork* 
   const int stats_row = params.seqlens_q.cu_seqlens == nullptr
                             ? 0
                             : first_slot(params.seqlens_q, place.index, kStatsRowAlignment) * kStatsRowAlignment;
-  *work = {sequence, place.index, place.block, item.head, stats_row,
-           Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(typename Config::Mask(params.mask), sequence,
-                                                                                 place.block)};
+  QueryTiles tiles{};
+  if constexpr (Config::Tiles::kListed) {
+    static_assert(kMaskBlock % Config::kBlockN == 0, "a tile of keys lies in one block");
+  } else {
+    tiles = Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(typename Config::Mask(params.mask), sequence,
+                                                                                  place.block);
+  }
+  *work = {sequence, place.index, place.block, item.head, stats_row, tiles};
   return true;
 }
 
@@ -239,8 +306,8 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
   }
 
   // One tile of queries, which lies in `stage`.
-  const auto step = [&](int head, int m_block, int stage) {
-    const int first_query = m_block * Config::kBlockM;  // position
+  const auto step = [&](const QueryVisit<Config>& visit, int stage) {
+    const int first_query = visit.m_block * Config::kBlockM;  // position
     float acc_s[kRowTiles][8 * kPairsS], acc_dp[kRowTiles][8 * kPairsS];
     clear(acc_s);
     clear(acc_dp);
@@ -263,21 +330,28 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     const int first_column = warp_query + acc_first_col(lane);  // of the thread, in the tile
     const uint32_t lse = shared_address(&shared.lse_log2[stage][first_column]);
     const uint32_t delta = shared_address(&shared.delta[stage][first_column]);
-    const bool masked = m_block < work.tiles.full_begin || m_block >= work.tiles.full_end;
+    const bool masked = visit.is_masked(work);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const int key = work.n_block * Config::kBlockN + warp_key + 16 * r + acc_row(lane, 0);  // of the thread's upper row
       const int distance = first_query + first_column + sequence.diagonal - key;
-      score[r].begin_head(params.score, work.index, head);
+      score[r].begin_head(params.score, work.index, visit.head);
       score[r].exponents(acc_s[r], lse, distance);
       if (masked) {
         typename HiddenBits<8 * kPairsS>::Word hidden[2];
+        if constexpr (Config::Tiles::kListed) {
+          load_hidden<Config::kBlockM>(params.blocks, visit.tile(), /*direction=*/1, key % kMaskBlock, lane, hidden);
+          // A thread has two of eight queries.
+          hidden[0] >>= warp_query / 4;
+          hidden[1] >>= warp_query / 4;
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int my_key = key + 8 * half, first = first_query + first_column;
-          const bool exists = my_key < sequence.k.num_rows;
-          const int end = exists ? mask.rows_end(my_key, sequence) - first : 0;
-          hidden[half] = HiddenBits<8 * kPairsS>::outside(mask.rows_begin(my_key, sequence) - first, end);
+          for (int half = 0; half < 2; ++half) {
+            const int my_key = key + 8 * half, first = first_query + first_column;
+            const bool exists = my_key < sequence.k.num_rows;
+            const int end = exists ? mask.rows_end(my_key, sequence) - first : 0;
+            hidden[half] = HiddenBits<8 * kPairsS>::outside(mask.rows_begin(my_key, sequence) - first, end);
+          }
         }
         hide_keys(acc_s[r], hidden);
       }
@@ -342,7 +416,7 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
   };
 
   // dQ of the tile whose dS^T lies in shared memory: added to the sum in memory.
-  const auto add_dq = [&](int head, int m_block) {
+  const auto add_dq = [&](const QueryVisit<Config>& visit) {
     if (params.dq_blocks == nullptr) return;
     const int lane = read_lane();
     const int row = warp / Config::kDqColumnWarps * Config::kDqRows;
@@ -356,18 +430,24 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
         [&](auto& registers, int step, int pair) { keys.load(registers, step, pair); });
 
     // 64 rows of a head are a row of blocks. The turns of the first block serve all of them.
-    const int64_t row_block = (statistics_of(head, m_block) + row) / kDqBlockRows;
+    const int64_t row_block = (statistics_of(visit.head, visit.m_block) + row) / kDqBlockRows;
     float* block = params.dq_blocks +
                    (row_block * Config::kDqColumnBlocks + column / kDqBlockColumns) * kDqBlockFloats +
                    dq_scalar_offset(row % kDqBlockRows / 16 * 32 + lane, column % kDqBlockColumns / 2);
     int* turns = nullptr;
     if (params.dq_turns != nullptr) {
-      turns = params.dq_turns + statistics_of(head, m_block) / kDqBlockRows * Config::kDqColumnBlocks;
+      turns = params.dq_turns + statistics_of(visit.head, visit.m_block) / kDqBlockRows * Config::kDqColumnBlocks;
       // How many tiles of keys add to this tile of queries before this one.
-      const int first_query = m_block * Config::kBlockM;
-      const KeyTiles before = Config::Tiles::template key_tiles<Config::kBlockN>(
-          mask, sequence, first_query, min_of(first_query + Config::kBlockM, sequence.q.num_rows) - 1);
-      if (read_thread() == 0) wait_for_turn(turns, work.n_block - (before.end - before.num_tiles));
+      int turn;
+      if constexpr (Config::Tiles::kListed) {
+        turn = listed_turn<Config::kBlockN>(params.blocks, visit.tile(), work.n_block);
+      } else {
+        const int first_query = visit.m_block * Config::kBlockM;
+        const KeyTiles before = Config::Tiles::template key_tiles<Config::kBlockN>(
+            mask, sequence, first_query, min_of(first_query + Config::kBlockM, sequence.q.num_rows) - 1);
+        turn = work.n_block - (before.end - before.num_tiles);
+      }
+      if (read_thread() == 0) wait_for_turn(turns, turn);
       __syncthreads();
     }
 #pragma unroll
@@ -382,9 +462,8 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     }
   };
 
-  const int group = params.num_heads / params.num_heads_kv;
-  const int num_steps = group * (work.tiles.end - work.tiles.begin);
-  if (num_steps > 0) {
+  QueryVisit<Config> visit(params, work);
+  if (visit.exists(params, work)) {
     const int first_key = work.n_block * Config::kBlockN;
     const int rows_left = sequence.k.num_rows - first_key;
     KeyCopy::copy(shared_address(shared.k), rows_left, params.head_dim,
@@ -393,29 +472,31 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     ValueCopy::copy(shared_address(shared.v), rows_left, params.head_dim_v,
                     rows_of(params.v, params.v_strides, sequence.k, work.head_kv) + int64_t{2} * first_key * params.v_strides.row,
                     2 * params.v_strides.row);
-    int head = work.head_kv * group, m_block = work.tiles.begin;
-    load_queries(head, m_block, 0);
+    load_queries(visit.head, visit.m_block, 0);
     commit_copies();
+    int stage = 0;
+    bool more = true;
 #pragma unroll 1
-    for (int i = 0; i < num_steps; ++i) {
-      const bool new_head = m_block + 1 == work.tiles.end;
-      const int next_head = head + new_head, next_block = new_head ? work.tiles.begin : m_block + 1;
-      const int stage = i % Config::kStages;
+    while (more) {
+      QueryVisit<Config> next = visit;
+      next.advance(params, work);
+      more = next.exists(params, work);
       wait_for_copies<0>();
       __syncthreads();
       if constexpr (Config::kStages == 2) {
-        if (i + 1 < num_steps) load_queries(next_head, next_block, stage ^ 1);
+        if (more) load_queries(next.head, next.m_block, stage ^ 1);
         commit_copies();
       }
-      step(head, m_block, stage);
+      step(visit, stage);
       if constexpr (Config::kStages == 1) {
         __syncthreads();  // every warp has read Q and dO
-        if (i + 1 < num_steps) load_queries(next_head, next_block, 0);
+        if (more) load_queries(next.head, next.m_block, 0);
         commit_copies();
+      } else {
+        stage ^= 1;
       }
-      add_dq(head, m_block);
-      head = next_head;
-      m_block = next_block;
+      add_dq(visit);
+      visit = next;
     }
   }
   __syncthreads();  // every warp has read Q, which becomes the staging

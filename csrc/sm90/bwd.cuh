@@ -46,7 +46,7 @@ __device__ __forceinline__ void produce_tiles(const BwdParams& params, BwdStorag
       v_state.advance();
     };
     bool first = true;
-    for_each_query_tile<Config>(params, item.head_kv, tiles, [&](int head, int m_block, const auto&) {
+    for_each_query_tile<Config>(params, item, tiles, [&](int head, int m_block, const auto&) {
       const int row = m_block * Config::kBlockM;
       const int64_t stats = (int64_t(sequence.q.batch) * params.num_heads + head) * params.stats_rows + stats_row +
                             row;
@@ -77,11 +77,13 @@ __device__ __forceinline__ void write_dq(const BwdParams& params, BwdStorage<Con
   for_each_key_item<Config>(params, [&](const KeyItem& item, const auto& tiles) {
     const Sequence& sequence = item.sequence;
     const int stats_row = stats_first_row(params, item.index);
-    for_each_query_tile<Config>(params, item.head_kv, tiles, [&](int head, int m_block, const auto&) {
+    for_each_query_tile<Config>(params, item, tiles, [&](int head, int m_block, const auto& visit) {
       // In a deterministic sum, how many tiles of keys add to this tile of queries before this one.
       int turn = 0;
-      if constexpr (!Config::Tiles::kListed) {  // the planner gives lists no deterministic sum
-        if (params.dq_turns != nullptr) {
+      if (params.dq_turns != nullptr) {
+        if constexpr (Config::Tiles::kListed) {
+          turn = listed_turn<Config::kBlockN>(params.blocks, visit, item.n_block);
+        } else {
           const int first_row = m_block * Config::kBlockM;
           const int last_row = min_of(first_row + Config::kBlockM, sequence.q.num_rows) - 1;
           const auto before = Config::Tiles::template key_tiles<Config::kBlockN>(typename Config::Mask(params.mask), sequence,

@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     shared.k_ring.wait_full(item_state);
     shared.v_ring.wait_full(item_state);
 
-    for_each_query_tile<Config>(params, item.head_kv, tiles, [&](int head, int m_block, const auto& visit) {
+    for_each_query_tile<Config>(params, item, tiles, [&](int head, int m_block, const auto& visit) {
       if constexpr (Config::kSparesRegisters) {
         asm volatile("" : "+r"(base));  // else every descriptor of the loop is computed before it, and spilled
         set_descriptors();
@@ -204,11 +204,11 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       const int distance = m_block * Config::kBlockM + first_query + acc_first_col(lane) + sequence.diagonal - first_key;
       score.exponents(acc_s, lse, distance);
       if constexpr (Config::Tiles::kListed) {
-        if (visit.i < visit.line.num_masked) {
+        if (visit.slot >= 0) {
           const int my_lane = read_lane();
           const int key = item.n_block * Config::kBlockN + first_key_row + thread / 32 * kRowsPerWarp + acc_row(my_lane, 0);
           uint32_t hidden[2];
-          visit.line.load_hidden(params.blocks, visit.i, /*direction=*/1, key % kMaskBlock, my_lane, hidden);
+          load_hidden<Config::kBlockM>(params.blocks, visit, /*direction=*/1, key % kMaskBlock, my_lane, hidden);
           // A thread has two of eight queries.
           hidden[0] >>= first_query / 4;
           hidden[1] >>= first_query / 4;

@@ -127,31 +127,38 @@ struct KeyItem {
   int head_kv;
 };
 
-// The line of a block mask's columns that an item's tile of keys lies in, of each query head: the place of tiles of queries.
-struct ListedColumn {
-  int batch;
-  int block;  // of the mask
-};
+// Tiles of queries of an item that lists tell: where they stand follows from the item.
+struct ListedColumn {};
+
+// Lists are of dense batches, whole: what is known of a sequence takes no registers.
+template <class Config>
+__device__ __forceinline__ Sequence key_sequence(const BwdParams& params, int index) {
+  if constexpr (Config::Tiles::kListed) {
+    const int num_q = params.seqlens_q.num_rows, num_k = params.seqlens_k.num_rows;
+    return {{0, num_q, index}, {0, num_k, index}, num_k - num_q};
+  } else {
+    return with_keys_between(sequence_of(params.seqlens_q, params.seqlens_k, index), params.key_begin, params.key_end);
+  }
+}
 
 // The items of one CTA in order, the same for every role: function(item, tiles of queries). Tiles of keys ascend within
 // a head, which is the order of a deterministic dQ and, for causal masks, begins with the longest.
 template <class Config, class Function>
 __device__ __forceinline__ void for_each_key_item(const BwdParams& params, Function&& function) {
   const Schedule& schedule = params.schedule;
-  const bool packed = params.seqlens_k.cu_seqlens != nullptr;
+  const bool packed = !Config::Tiles::kListed && params.seqlens_k.cu_seqlens != nullptr;
   for (int round = 0;; ++round) {
     const int index = Schedule::index(round, blockIdx.x, gridDim.x);
     if (index >= schedule.num_items()) return;
     const WorkItem work = schedule.item(index);
     SequenceBlock place{work.batch, schedule.num_m_blocks - 1 - work.m_block};
     if (packed) place = block_at_slot(params.seqlens_k, params.batch, Config::kBlockN, place.block);
-    const Sequence sequence = with_keys_between(sequence_of(params.seqlens_q, params.seqlens_k, place.index),
-                                                params.key_begin, params.key_end);
+    const Sequence sequence = key_sequence<Config>(params, place.index);
     if (place.block * Config::kBlockN >= sequence.k.num_rows) continue;
     const KeyItem item{sequence, place.index, place.block, work.head};
     if constexpr (Config::Tiles::kListed) {
       static_assert(kMaskBlock % Config::kBlockN == 0, "a tile of keys lies in one block");
-      function(item, ListedColumn{place.index, place.block * Config::kBlockN / kMaskBlock});
+      function(item, ListedColumn{});
     } else {
       function(item, Config::Tiles::template query_tiles<Config::kBlockM, Config::kBlockN>(
                          typename Config::Mask(params.mask), sequence, place.block));
@@ -159,25 +166,19 @@ __device__ __forceinline__ void for_each_key_item(const BwdParams& params, Funct
   }
 }
 
-// Where a tile of queries stands in a list: its line, and its place there.
-template <int kBlockM>
-struct ListedVisit {
-  const ListedTiles<kBlockM>& line;
-  int i;
-};
-
-// The tiles of queries of an item, head by head: function(query head, m_block, visit), visit a ListedVisit of lists.
+// The tiles of queries of an item, head by head: function(query head, m_block, visit), visit the ListedTile of lists.
 template <class Config, class Tiles, class Function>
-__device__ __forceinline__ void for_each_query_tile(const BwdParams& params, int head_kv, const Tiles& tiles,
+__device__ __forceinline__ void for_each_query_tile(const BwdParams& params, const KeyItem& item, const Tiles& tiles,
                                                     Function&& function) {
   const int q_heads_per_kv = params.num_heads / params.num_heads_kv;
-  for (int head = head_kv * q_heads_per_kv; head < (head_kv + 1) * q_heads_per_kv; ++head) {
+  for (int head = item.head_kv * q_heads_per_kv; head < (item.head_kv + 1) * q_heads_per_kv; ++head) {
     if constexpr (Config::Tiles::kListed) {
-      const auto line = ListedTiles<Config::kBlockM>::of_line(params.blocks, tiles.batch, head, tiles.block);
-      for (int i = 0; i < line.num_tiles; ++i) {
-        const int m_block = line.n_block(i);
+      using Line = ListedLine<Config::kBlockM>;
+      const Line line = Line::of(params.blocks, item.index, head, item.n_block * Config::kBlockN / kMaskBlock);
+      for (uint32_t place = line.begin; place < line.end; ++place) {
+        const ListedTile tile = Line::tile(params.blocks, place);
         // The last block of queries may have tiles beyond them.
-        if (m_block * Config::kBlockM < params.seqlens_q.num_rows) function(head, m_block, ListedVisit<Config::kBlockM>{line, i});
+        if (tile.index * Config::kBlockM < params.seqlens_q.num_rows) function(head, tile.index, tile);
       }
     } else {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block) function(head, m_block, 0);
