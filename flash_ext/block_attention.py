@@ -22,7 +22,8 @@ from .reference import accumulation_dtype
 _QKV = "Tensor q, Tensor k, Tensor v"
 _REST = (
     "Tensor row_offsets, Tensor row_partial, Tensor row_entries, Tensor column_offsets, Tensor column_partial, "
-    "Tensor column_entries, Tensor bits, Tensor turns, Tensor? sinks, Tensor? alibi_slopes, Tensor? k_bias, float softmax_scale, float softcap"
+    "Tensor column_entries, Tensor bits, Tensor turns, Tensor? sinks, Tensor? alibi_slopes, Tensor? k_bias, "
+    "float softmax_scale, float softcap"
 )
 _RESULTS = "(Tensor out, Tensor lse, Tensor max_logit)"
 _SAVED = f"Tensor? dout, Tensor? dlse, {_QKV}, Tensor out, Tensor lse"
