@@ -37,8 +37,9 @@ test: $(VENV)/requirements-installed
 	$(VENV)/bin/python tools/resources.py
 	$(VENV)/bin/python tools/static_report.py --check
 	@# One core runs the kernels on the emulator while the other runs everything else; both report in full, and either fails it.
-	@(FLASH_EXT_EMULATE=sm90 $(VENV)/bin/pytest tests/emulated; a=$$?; FLASH_EXT_EMULATE=sm80 $(VENV)/bin/pytest tests/emulated; \
-	  b=$$?; [ $$a -eq 0 ] && [ $$b -eq 0 ]) > build/emulated.log 2>&1 & emulated=$$!; \
+	@(FLASH_EXT_EMULATE=sm90 $(VENV)/bin/pytest tests/emulated; a=$$?; FLASH_EXT_EMULATE=sm80 $(VENV)/bin/pytest tests/emulated; b=$$?; \
+	  FLASH_EXT_EMULATE=sm89 $(VENV)/bin/pytest tests/emulated/test_forward_fp8.py tests/emulated/test_quantize.py; c=$$?; \
+	  [ $$a -eq 0 ] && [ $$b -eq 0 ] && [ $$c -eq 0 ]) > build/emulated.log 2>&1 & emulated=$$!; \
 	$(VENV)/bin/pytest; status=$$?; wait $$emulated || status=1; cat build/emulated.log; exit $$status
 
 PRESET ?= quick

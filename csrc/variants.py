@@ -21,17 +21,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import KERNELS, VARIANTS
-from rows.model import ARCHITECTURES, CXX_SCALAR_TYPE, Variant
+from rows.model import CXX_SCALAR_TYPE, GROUPS, Variant
 
 
-def select(architectures: tuple[str, ...] = ARCHITECTURES, pattern: str | None = None) -> list[Variant]:
-    """The rows of these architectures that match FLASH_EXT_VARIANTS (or the pattern given)."""
+def select(groups: tuple[str, ...] = GROUPS, pattern: str | None = None) -> list[Variant]:
+    """The rows of these architecture groups that match FLASH_EXT_VARIANTS (or the pattern given)."""
     pattern = os.environ.get("FLASH_EXT_VARIANTS", "") if pattern is None else pattern
     patterns = [p.strip() for p in pattern.split(",") if p.strip()] or ["*"]
     rows = [v for v in VARIANTS if any(fnmatch.fnmatch(v.name, p) for p in patterns)]
     if not rows:
         raise ValueError(f"FLASH_EXT_VARIANTS={pattern!r} matches none of: " + ", ".join(v.name for v in VARIANTS))
-    return [v for v in rows if v.arch in architectures]
+    return [v for v in rows if v.arch in groups]
 
 
 def units(rows: list[Variant]) -> dict[str, list[Variant]]:

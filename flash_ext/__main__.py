@@ -47,13 +47,15 @@ def main() -> None:
     except RuntimeError:
         build, variants = None, []
     gpus = _gpus()
+    code = ", ".join(build["sass"]) if build and build["sass"] else "none"
+    if build and "sm80" in build["architectures"]:
+        code += " and PTX of compute_80 and (FP8) compute_89"
     rows = [
         ("flash_ext", __version__),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
         ("built with", f"CUDA {build['cuda'] or 'none'}, torch {build['torch']}, {build['compiler']}" if build else "not built"),
-        ("code for", ", ".join(build["sass"]) + " and compute_80 PTX" if build and "sm80" in build["architectures"]
-         else ", ".join(build["sass"]) if build and build["sass"] else "none"),
+        ("code for", code),
         ("kernels", "loaded" if ops.library_error is None else ops.library_error),
         ("GPUs", "; ".join(gpus) or "none"),
     ]  # fmt: skip

@@ -151,7 +151,8 @@ def _reference_fwd_fp8(*arguments):
 def _fwd_fp8(*arguments):
     *rest, backend = arguments
     if backend not in (None, "reference"):
-        raise ValueError(f"attention: backend '{backend}' cannot run this FP8 call; FP8 kernels are Hopper's (sm90)")
+        why = "FP8 kernels need a GPU of compute capability 8.9 or later"
+        raise ValueError(f"attention: backend '{backend}' cannot run this FP8 call; {why}")
     return _reference_fwd_fp8(*rest, ops._reason_without_kernels(arguments[0], backend))
 
 

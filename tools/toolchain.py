@@ -127,22 +127,29 @@ def find_cutlass() -> Path:
 
 @dataclass(frozen=True)
 class Architectures:
-    """What to compile for. sm80 group: SASS of every listed 8.x or later architecture but 9.0, always with compute_80 PTX."""
+    """What to compile for. sm80 group: SASS of every listed 8.x or later architecture but 9.0, always with compute_80 PTX.
+    sm89 group, built along with it: the same from 8.9 on, with compute_89 PTX (and sm_89 where nothing of that is listed)."""
 
     sm80: tuple[str, ...]  # SASS targets of the sm80 group, such as ("80", "86"); empty: the group is not built
     sm90: bool
 
     @property
     def groups(self) -> tuple[str, ...]:
-        return (("sm80",) if self.sm80 else ()) + (("sm90",) if self.sm90 else ())
+        return (("sm80", "sm89") if self.sm80 else ()) + (("sm90",) if self.sm90 else ())
+
+    @property
+    def sm89(self) -> tuple[str, ...]:
+        return tuple(arch for arch in self.sm80 if int(arch) >= 89) or (("89",) if self.sm80 else ())
 
     def flags(self, group: str) -> list[str]:
         if group == "sm90":
             return ["-gencode", "arch=compute_90a,code=[sm_90a,compute_90a]"]
-        if self.sm80 == ("80",):
-            return ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]
-        flags = ["-gencode", "arch=compute_80,code=compute_80"]
-        for arch in self.sm80:
+        lowest = group.removeprefix("sm")
+        targets = self.sm89 if group == "sm89" else self.sm80
+        if targets == (lowest,):
+            return ["-gencode", f"arch=compute_{lowest},code=[sm_{lowest},compute_{lowest}]"]
+        flags = ["-gencode", f"arch=compute_{lowest},code=compute_{lowest}"]
+        for arch in targets:
             flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         return flags
 

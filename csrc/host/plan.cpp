@@ -132,7 +132,7 @@ const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& p
   if (closest) {
     *reasons = describe(*closest, problem, wanted);
   } else {
-    *reasons = {std::string("this build has no ") + direction + " kernel for " + backend.name};
+    *reasons = {not_built(direction, backend.name)};
   }
   return nullptr;
 }
@@ -174,6 +174,11 @@ int64_t bwd_workspace_bytes(const FwdProblem& problem, const Variant& row, bool 
 }
 
 }  // namespace
+
+std::string not_built(const char* kernels, const char* backend) {
+  return std::string("this build has no ") + kernels + " kernel for " + backend +
+         " (TORCH_CUDA_ARCH_LIST and FLASH_EXT_VARIANTS chose what was built)";
+}
 
 void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device, Op op, bool packs_heads) {
   plan->num_splits = static_cast<int>(std::max<int64_t>(1, problem.num_parts));

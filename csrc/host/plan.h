@@ -38,6 +38,8 @@ Mask mask_of(const FwdProblem& problem);
 Score score_of(const FwdProblem& problem);
 // Grid, copies and parts of a plan that has its variant. packs_heads: query heads of one KV head may share a tile.
 void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& device, Op op, bool packs_heads);
+// The reason where a group has no row: kernels is "forward", "backward" or the like.
+std::string not_built(const char* kernels, const char* backend);
 // Whether the kernels' 32-bit numbers hold the call's items and rows.
 bool kernel_sizes_fit(const FwdProblem& problem);
 

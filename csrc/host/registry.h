@@ -36,7 +36,7 @@ enum class Score : uint8_t { k_plain, k_modified };
 struct Variant {
   const char* name;
   Op op;
-  int arch;  // 80 or 90: the lowest architecture that runs it, and the group it was compiled in
+  int arch;  // 80, 89 or 90: the lowest architecture that runs it, and the group it was compiled in
   ScalarType dtype;
   int head_dim;    // the largest it covers; smaller multiples of 8 too; 0: any
   int head_dim_v;  // the same

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ARCHITECTURES = ("sm80", "sm90")
+GROUPS = ("sm80", "sm89", "sm90")
+ARCHITECTURES = ("sm80", "sm90")  # the groups that have every kernel of a 16-bit call; sm89 adds FP8 to sm80
 DTYPES = ("bf16", "fp16")
 CXX_ELEMENT = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 CXX_SCALAR_TYPE = {
@@ -36,12 +37,12 @@ class Variant:
     """One row: one kernel entry.
 
     arch is the group whose compiler flags the row is built with, and the lowest architecture that runs it: sm80 (SASS of
-    the chosen 8.x and later architectures, and compute_80 PTX for all others) or sm90 (sm_90a only). dtype is '' where there is
-    none. head_dim and head_dim_v are the largest that the row covers (0 where there are none); smaller multiples of 8 run on it
-    too. mask is the policy, '' where there is none; scored: with the modified score (softcap, ALiBi, key bias). block_m and
-    block_n are the tile (rows of queries, rows of keys; 0 where there is none). config is the C++ type that the kernel template
-    is instantiated with. smem_kib: rows that differ in it alone are tiles for devices whose CTAs may have that much shared
-    memory (in KiB); the planner takes the largest that fits. 0: one tile for every device.
+    the chosen 8.x and later architectures, and compute_80 PTX for all others), sm89 (the same from 8.9 on) or sm90 (sm_90a
+    only). dtype is '' where there is none. head_dim and head_dim_v are the largest that the row covers (0 where there are
+    none); smaller multiples of 8 run on it too. mask is the policy, '' where there is none; scored: with the modified score
+    (softcap, ALiBi, key bias). block_m and block_n are the tile (rows of queries, rows of keys; 0 where there is none). config
+    is the C++ type that the kernel template is instantiated with. smem_kib: rows that differ in it alone are tiles for devices
+    whose CTAs may have that much shared memory (in KiB); the planner takes the largest that fits. 0: one tile for every device.
     """
 
     op: str

@@ -104,16 +104,13 @@ struct SharedStorage {
 };
 
 // ptxas moves the last additions of the row sums behind the barrier, among the products of P V, where registers are scarcest
-// at head_dim 128. A store that is never executed, since sums are never below zero, keeps them before it.
+// at head_dim 128.
 template <int kRowTiles>
 __device__ __forceinline__ void complete_sums(const OnlineSoftmax (&softmax)[kRowTiles]) {
   float sum = 0.f;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) sum += softmax[r].row_sum[0] + softmax[r].row_sum[1];
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 nowhere;\nmov.b32 nowhere, 0;\nsetp.lt.f32 p, %0, 0f00000000;\n"
-      "@p st.shared.f32 [nowhere], %0;\n}" ::"f"(sum)
-      : "memory");
+  complete_here(sum);
 }
 
 template <class Config>
@@ -179,18 +176,7 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
     if (!Score::kModifies && tiles.num_tiles > 0 && scale.changes_q()) {  // a scale that is not positive: each thread rewrites what it copied
       commit_copies();
       wait_for_copies<0>();
-#pragma unroll 1
-      for (int slab = 0; slab < num_slabs(Config::kHeadDim); ++slab) {
-#pragma unroll 1
-        for (int pass = 0; pass < QueryCopy::kPasses; ++pass) {
-          uint4& chunk = *reinterpret_cast<uint4*>(shared.q + QueryCopy::offset(thread, pass, slab));
-          uint4 words = chunk;
-          for (uint32_t* word : {&words.x, &words.y, &words.z, &words.w}) {
-            *word = (*word & scale.q_keep_bits) ^ scale.q_flip_bits;
-          }
-          chunk = words;
-        }
-      }
+      QueryCopy::rewrite(shared.q, scale.q_keep_bits, scale.q_flip_bits);
     }
   }
   __syncthreads();

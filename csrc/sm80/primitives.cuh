@@ -1,5 +1,5 @@
 // PTX of Ampere: asynchronous 16-byte copies, matrix loads and mma.sync, and the addresses that matrix loads take. All of
-// it runs on every compute capability from 8.0 up.
+// it but the product of E4m3, which begins with 8.9, runs on every compute capability from 8.0 up.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,14 @@ __device__ __forceinline__ int read_block() {
   return block;
 }
 
+// Keeps ptxas from computing x later than here: a store that is never executed. x is not negative.
+__device__ __forceinline__ void complete_here(float x) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 nowhere;\nmov.b32 nowhere, 0;\nsetp.lt.f32 p, %0, 0f00000000;\n"
+      "@p st.shared.f32 [nowhere], %0;\n}" ::"f"(x)
+      : "memory");
+}
+
 // 16 bytes past L1, or zeros: with `inside` false nothing is read.
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
@@ -77,7 +85,9 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
-// d[0..3] += A B of m16n8k16, float32 accumulators. A and B: 16-bit pairs in registers.
+// d[0..3] += A B of m16n8k16, float32 accumulators. A and B: 16-bit pairs in registers. Of E4m3: m16n8k32, where a pair is
+// taken by two neighbours of the contraction.
+struct E4m3 {};
 template <class Element>
 __device__ __forceinline__ void mma(float* d, const uint32_t* a, const uint32_t* b);
 template <>
@@ -89,6 +99,12 @@ __device__ __forceinline__ void mma<__nv_bfloat16>(float* d, const uint32_t* a, 
 template <>
 __device__ __forceinline__ void mma<__half>(float* d, const uint32_t* a, const uint32_t* b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma<E4m3>(float* d, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

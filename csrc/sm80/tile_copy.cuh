@@ -11,9 +11,10 @@ namespace flash_ext::sm80 {
 
 #ifdef __CUDACC__
 // Address of a head's first row in a sequence.
+template <int kElementBytes = 2>
 __device__ __forceinline__ const uint8_t* rows_of(const void* tensor, const RowStrides& strides, const RowRange& rows, int head) {
   return static_cast<const uint8_t*>(tensor) +
-         2 * (rows.batch * strides.batch + rows.first_row * strides.row + head * strides.head);
+         kElementBytes * (rows.batch * strides.batch + rows.first_row * strides.row + head * strides.head);
 }
 #endif
 
@@ -57,6 +58,21 @@ struct TileCopy {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass, from += kRowsPerPass * row_bytes) {
       copy_row(to, from, pass, row(thread, pass) < num_rows, columns_left);
+    }
+  }
+
+  // Each thread's own words, once they have arrived, become (word & keep) ^ flip.
+  __device__ __forceinline__ static void rewrite(uint8_t* tile, uint32_t keep, uint32_t flip) {
+    const int thread = read_thread();
+#pragma unroll 1
+    for (int slab = 0; slab < num_slabs(kColumns); ++slab) {
+#pragma unroll 1
+      for (int pass = 0; pass < kPasses; ++pass) {
+        uint4& chunk = *reinterpret_cast<uint4*>(tile + offset(thread, pass, slab));
+        uint4 words = chunk;
+        for (uint32_t* word : {&words.x, &words.y, &words.z, &words.w}) *word = (*word & keep) ^ flip;
+        chunk = words;
+      }
     }
   }
 

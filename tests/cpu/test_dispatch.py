@@ -40,7 +40,7 @@ def runs(targets: set[str], capability: int) -> bool:
 
 def test_every_row_is_in_the_library_as_ptx_of_its_group(ptx_targets: dict[str, set[str]]) -> None:
     for row in _host.variants():
-        assert ptx_targets[row["name"]] == {"sm_80" if row["arch"] == 80 else "sm_90a"}, row["name"]
+        assert ptx_targets[row["name"]] == {{80: "sm_80", 89: "sm_89", 90: "sm_90a"}[row["arch"]]}, row["name"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -51,12 +51,29 @@ def test_what_is_planned_runs(capability: int, options: dict, ptx_targets: dict[
         for head_dim, head_dim_v in DIMS:
             q = torch.empty(2, 300, 4, head_dim, dtype=dtype, device="meta")
             k, v = (torch.empty(2, 400, 2, d, dtype=dtype, device="meta") for d in (head_dim, head_dim_v))
-            plan = flash_ext.explain(q, k, v, device_info=device, **options)
+            check_plan(flash_ext.explain(q, k, v, device_info=device, **options), capability, ptx_targets)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("options", ({}, {"causal": True, "flush_every": 0}, {"window_size": (40, 3)}, {"softcap": 2.0}), ids=str)
+def test_what_is_planned_of_fp8_runs(capability: int, options: dict, ptx_targets: dict[str, set[str]]) -> None:
+    device = f"sm{capability}:100:{CAPABILITIES[capability] * 1024}"
+    for head_dim in (16, 64, 96, 128, 192, 256):
+        q, k = (torch.empty(2, 300, heads, head_dim, dtype=torch.float8_e4m3fn, device="meta") for heads in (4, 2))
+        for scale in (None, torch.empty(2, 2, 5, device="meta")):
+            plan = flash_ext.explain(q, k, k, k_descale=scale, device_info=device, **options)
+            check_plan(plan, capability, ptx_targets)
             if plan.backend == "reference":
-                rejected = " ".join(reason for reasons in plan.rejected.values() for reason in reasons)
-                assert "compiled" in rejected or "this build" in rejected, rejected
-            else:
-                assert runs(ptx_targets[plan.variant], capability), f"{plan.variant} on {device}"
+                assert capability < 89 or "TORCH_CUDA_ARCH_LIST" in str(plan.rejected)
+
+
+def check_plan(plan: flash_ext.Explanation, capability: int, ptx_targets: dict[str, set[str]]) -> None:
+    """What is planned has an image; what is not says why, and where the build is the reason, its options."""
+    if plan.backend == "reference":
+        rejected = " ".join(reason for reasons in plan.rejected.values() for reason in reasons)
+        assert "compiled" in rejected or "TORCH_CUDA_ARCH_LIST" in rejected or "compute capability" in rejected, rejected
+    else:
+        assert runs(ptx_targets[plan.variant], capability), f"{plan.variant} on a GPU of {capability}"
 
 
 def test_tiles_fit_the_shared_memory_of_the_device() -> None:

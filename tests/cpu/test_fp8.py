@@ -141,9 +141,15 @@ def test_the_planner_is_asked() -> None:
     # Rows that are flushed, or for blocks, stand in for those that are missing.
     found = flash_ext.explain(q8, q8, q8, device_info="sm90", softcap=3.0, flush_every=0)
     assert found.variant == "fwd_fp8_sm90_e4m3_d128_local_scored_block"
-    for device in ("sm80", "sm89", "sm120"):
+    for device in ("sm89", "sm100", "sm120"):
+        found = flash_ext.explain(q8, q8, q8, device_info=device, causal=True, flush_every=0)
+        assert found.backend == "sm80" and found.variant == "fwd_fp8_sm89_e4m3_d128_causal_head" and found.tile == (128, 64)
+        assert found.grid[0] == 3 * 4 and "9.0" in found.rejected["sm90"][0]
+    on_hopper = flash_ext.explain(q8, q8, q8, device_info="sm90", backend="sm80", v_descale=blocks)
+    assert on_hopper.variant == "fwd_fp8_sm89_e4m3_d128_full_block"
+    for device in ("sm80", "sm86"):
         found = flash_ext.explain(q8, q8, q8, device_info=device)
-        assert found.backend == "reference" and "9.0" in found.rejected["sm90"][0]
+        assert found.backend == "reference" and "8.9 or later" in found.rejected["sm80"][0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 import pytest
 
 FLAGS_80 = ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]
+FLAGS_89 = ["-gencode", "arch=compute_89,code=[sm_89,compute_89]"]
 FLAGS_90 = ["-gencode", "arch=compute_90a,code=[sm_90a,compute_90a]"]
 
 
@@ -20,8 +22,8 @@ FLAGS_90 = ["-gencode", "arch=compute_90a,code=[sm_90a,compute_90a]"]
 @pytest.mark.parametrize("text", (None, "", "8.0+PTX;9.0a", "8.0;9.0", "9.0a 8.0", "8.0,9.0a", "8.0+PTX 9.0+PTX", "8.0;8.0;9.0a"))
 def test_the_default_and_its_spellings(toolchain: ModuleType, text: str | None) -> None:
     found = toolchain.parse_architectures(text)
-    assert (found.sm80, found.sm90, found.groups) == (("80",), True, ("sm80", "sm90"))
-    assert found.flags("sm80") == FLAGS_80 and found.flags("sm90") == FLAGS_90
+    assert (found.sm80, found.sm90, found.groups) == (("80",), True, ("sm80", "sm89", "sm90"))
+    assert [found.flags(group) for group in found.groups] == [FLAGS_80, FLAGS_89, FLAGS_90]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +39,23 @@ def test_the_default_and_its_spellings(toolchain: ModuleType, text: str | None) 
 def test_other_architectures(toolchain: ModuleType, text: str, sm80: tuple, sm90: bool) -> None:
     found = toolchain.parse_architectures(text)
     assert (found.sm80, found.sm90) == (sm80, sm90)
-    assert found.groups == ("sm80",) * bool(sm80) + ("sm90",) * sm90
+    assert found.groups == ("sm80", "sm89") * bool(sm80) + ("sm90",) * sm90
     if sm80 and sm80 != ("80",):
         flags = " ".join(found.flags("sm80"))
         assert "code=compute_80" in flags, "the sm80 group always carries PTX that later GPUs can run"
         assert all(f"arch=compute_{arch},code=sm_{arch}" in flags for arch in sm80)
+
+
+@pytest.mark.parametrize("text", (None, "8.0", "8.6", "8.6 8.9", "Ada", "12.0", "10.0;12.0;9.0a"))
+def test_every_gpu_finds_an_image_of_the_groups_it_runs(toolchain: ModuleType, text: str | None) -> None:
+    """With anything but 9.0 listed, 16-bit kernels run from 8.0 on and FP8 from 8.9 on, by machine code or PTX."""
+    found = toolchain.parse_architectures(text)
+    for group, lowest in (("sm80", 80), ("sm89", 89)):
+        flags = " ".join(found.flags(group))
+        ptx = {int(n) for n in re.findall(r"code=\[?(?:sm_\d+,)?compute_(\d+)\b", flags)}
+        sass = {int(n) for n in re.findall(r"code=\[?sm_(\d+)\b", flags)}
+        assert ptx == {lowest} and sass and min(sass) >= lowest
+        assert {int(arch) for arch in found.sm80 if int(arch) >= lowest} <= sass
 
 
 @pytest.mark.parametrize("text", ("7.5", "8.0;7.0", "6.1+PTX"))

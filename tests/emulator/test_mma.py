@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from formats import check_product, pack_a, pack_accumulator, pack_b, random_matrix, unpack_accumulator
+from formats import check_product, decode, pack_a, pack_accumulator, pack_b, random_matrix, sum_as_hopper, unpack_accumulator
 from harness import In, Kernels, Out
 
 SM90 = Kernels("mma.cu")
 SM80 = Kernels("mma.cu", arch="sm_80", flags=("-DSM80_ONLY",))
+SM89 = Kernels("mma.cu", arch="sm_89", flags=("-DSM89_ONLY",))
 
 MMA = {  # kernel: a, b, d
     "k16_f32_bf16": ("bf16", "bf16", "f32"), "k16_f32_f16": ("f16", "f16", "f32"), "k16_f16_f16": ("f16", "f16", "f16"),
@@ -21,9 +22,10 @@ MMA = {  # kernel: a, b, d
 }  # fmt: skip
 
 
-# fp8 begins with sm_89.
+FP8 = [kernel for kernel in MMA if "e4m3" in kernel or "e5m2" in kernel]  # begins with sm_89
 RUNS = [pytest.param(SM90, kernel, id=f"sm90-{kernel}") for kernel in MMA]
-RUNS += [pytest.param(SM80, kernel, id=f"sm80-{kernel}") for kernel in MMA if "e4m3" not in kernel and "e5m2" not in kernel]
+RUNS += [pytest.param(SM80, kernel, id=f"sm80-{kernel}") for kernel in MMA if kernel not in FP8]
+RUNS += [pytest.param(SM89, kernel, id=f"sm89-{kernel}") for kernel in FP8]
 
 
 @pytest.mark.parametrize("kernels, kernel", RUNS)
@@ -39,6 +41,20 @@ def test_mma(kernels, kernel, rng):
         out = np.zeros_like(c_registers)
         kernels.launch(kernel, 1, 32, Out(out), In(pack_a(a.codes)), In(pack_b(b.codes)), In(c_registers), checks=True)
         check_product(d_kind, unpack_accumulator(out, (16, 8), half), a.values, b.values, c.values, exact)
+
+
+@pytest.mark.parametrize("kernel", FP8)
+def test_the_model_of_the_fp8_accumulator(kernel, rng):
+    """fp8_fraction_bits is that of wgmma (test_fp8_accumulator.py), to the bit."""
+    a_kind, b_kind, _ = MMA[kernel]
+    a, b = random_matrix(a_kind, (16, 32), rng, False), random_matrix(b_kind, (8, 32), rng, False)
+    c = random_matrix("f32", (16, 8), rng, False)
+    for bits in (13, 9):
+        out = np.zeros_like(pack_accumulator(c.codes, False))
+        registers = (In(pack_a(a.codes)), In(pack_b(b.codes)), In(pack_accumulator(c.codes, False)))
+        SM89.launch(kernel, 1, 32, Out(out), *registers, checks=True, fp8_fraction_bits=bits)
+        got = decode("f32", unpack_accumulator(out, (16, 8), False))
+        assert np.array_equal(got, sum_as_hopper((a_kind, b_kind), a.values, b.values, c.values, bits))
 
 
 def test_satfinite():

@@ -101,7 +101,7 @@ LDMATRIX(ldmatrix_x1_trans, "x1.trans.shared.b16", 1, "{%0}", OUT1)
 LDMATRIX(ldmatrix_x2_trans, "x2.trans.shared.b16", 2, "{%0,%1}", OUT2)
 LDMATRIX(ldmatrix_x4_trans, "x4.trans.shared.b16", 4, "{%0,%1,%2,%3}", OUT4)
 
-#ifndef SM80_ONLY
+#if !defined(SM80_ONLY) && !defined(SM89_ONLY)
 #define STMATRIX(NAME, SUFFIX, COUNT, LIST, INPUTS)                                                          \
   extern "C" __global__ void NAME(uint8_t* out, const uint8_t* image, int bytes, const uint32_t* offsets,    \
                                   const uint32_t* values) {                                                  \

@@ -284,7 +284,7 @@ Status mma(Warp& w, const Inst& i, Mask mask) {
   for (int k = 0; k < mma_a_registers(op); ++k) a[k] = in<uint32_t>(w, *refs++);
   for (int k = 0; k < mma_b_registers(op); ++k) b[k] = in<uint32_t>(w, *refs++);
   for (int k = 0; k < mma_c_registers(op); ++k) c[k] = in<uint32_t>(w, *refs++);
-  mma_sync(op, d, a, b, c);
+  mma_sync(op, d, a, b, c, static_cast<int>(w.launch->options.fp8_fraction_bits));
   return Status::kNext;
 }
 

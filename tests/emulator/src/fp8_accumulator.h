@@ -1,4 +1,4 @@
-// How Hopper's tensor cores sum 8-bit floats, as a model: one instruction adds its 32 products and the old accumulator at
+// How the tensor cores of Hopper (and, as measured alike, of Ada) sum 8-bit floats, as a model: one instruction adds its 32 products and the old accumulator at
 // once, each truncated to a multiple of 2^(largest exponent - fraction_bits), and truncates the sum's significand to
 // fraction_bits bits (13 on Hopper, by the papers and simulators that docs/numerics.md cites). Exponents are those of the
 // operands as coded: a product of significands lies in [1, 4), subnormal operands have the format's smallest exponent.

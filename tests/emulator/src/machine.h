@@ -123,7 +123,7 @@ struct Options {
   uint32_t num_threads = 1;       // host threads
   uint32_t num_sms = 4;           // clusters resident together
   uint32_t sm_version = 90;       // 80, 86, 89, 90, 120
-  uint32_t fp8_fraction_bits = 0;  // of the sums of 8-bit wgmma (fp8_accumulator.h), 13 on Hopper; 0: float32
+  uint32_t fp8_fraction_bits = 0;  // of the sums of 8-bit wgmma and mma.sync (fp8_accumulator.h), 13 on Hopper; 0: float32
   uint64_t max_instructions = 0;  // warp instructions per launch before the watchdog; 0: 20 billion
 };
 

@@ -304,7 +304,7 @@ const char* invalid_mma(const MmaOp& op) {
 }
 
 void mma_sync(const MmaOp& op, uint32_t* const* d, const uint32_t* const* a, const uint32_t* const* b,
-              const uint32_t* const* c) {
+              const uint32_t* const* c, int fp8_fraction_bits) {
   auto run = [&]<class Value>(Value) {
     alignas(64) WarpPanelA<Value> panel_a;
     alignas(64) BlockPanelB<Value> panel_b;
@@ -336,7 +336,14 @@ void mma_sync(const MmaOp& op, uint32_t* const* d, const uint32_t* const* a, con
         std::memcpy(wide[i], c[i], sizeof wide[i]);
       }
     }
-    multiply<Value, 1>(panel_a, &panel_b, op.k, true, pointers);
+    bool truncates = false;
+    if constexpr (std::is_same_v<Value, float>) {
+      truncates = fp8_fraction_bits > 0 && is_fp8(op.a) && op.k == kMaxK;
+      if (truncates) {
+        multiply_warp_truncated(panel_a, op.a, &panel_b, op.b, 1, fp8_fraction_bits, true, op.d != MmaFormat::kF16, pointers);
+      }
+    }
+    if (!truncates) multiply<Value, 1>(panel_a, &panel_b, op.k, true, pointers);
     for (int i = 0; i < 4; ++i) {
       if (op.d != MmaFormat::kF16) {
         std::memcpy(d[i], wide[i], sizeof wide[i]);

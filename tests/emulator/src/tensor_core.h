@@ -125,9 +125,9 @@ constexpr int mma_d_registers(const MmaOp& op) { return op.d == MmaFormat::kF16 
 
 const char* invalid_mma(const MmaOp& op);
 
-// All registers of one warp; d may alias c, a or b.
+// All registers of one warp; d may alias c, a or b. fp8_fraction_bits: as of wgmma.
 void mma_sync(const MmaOp& op, uint32_t* const* d, const uint32_t* const* a, const uint32_t* const* b,
-              const uint32_t* const* c);
+              const uint32_t* const* c, int fp8_fraction_bits = 0);
 
 // ---- ldmatrix, stmatrix: 8x8 matrices of 16-bit elements -------------------------------------
 
