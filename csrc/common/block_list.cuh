@@ -96,9 +96,10 @@ __device__ __forceinline__ void load_hidden(const BlockListParams& params, const
   if (tile.slot < 0) return;
   const uint32_t* words = params.bits + (int64_t(tile.slot) * kMaskBitsWords + (direction * kMaskBlock + row) * kMaskWords + lane % 4);
   const int shift = tile.index % (kMaskBlock / kTile) * (kTile / 4);
-  // Complements that the compiler cannot see through: it would test the bits one by one.
-  asm("not.b32 %0, %1;" : "=r"(hidden[0]) : "r"(words[0] >> shift));
-  asm("not.b32 %0, %1;" : "=r"(hidden[1]) : "r"(words[8 * kMaskWords] >> shift));
+  // Complements that neither compiler can see through: it would test the bits one by one.
+  const uint32_t ones = ~uint32_t(tile.slot >> 31);
+  hidden[0] = words[0] >> shift ^ ones;
+  hidden[1] = words[8 * kMaskWords] >> shift ^ ones;
 }
 #endif
 
