@@ -1,8 +1,8 @@
 """Planted bugs: every wait, arrival, fence, copy and descriptor of the Hopper forward broken in turn, under the checks.
 
 One row of each kind: three or two consumers, causal, full and a window with a modified score, one or two stages of Q, and
-the output staged in an area of its own or (d192, d256) in Q; and a row of the backward. `python tests/emulator/planted.py
-NAME` runs any other.
+the output staged in an area of its own or (d192, d256) in Q; a row of the backward, and rows over KV caches, by TMA and
+gathered. `python tests/emulator/planted.py NAME` runs any other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ sys.path.append(str(EMULATOR))
 import planted  # noqa: E402
 
 ROWS = ("d64_causal", "d64_full", "d128_causal", "d128_full", "d128_local_scored", "d192_causal", "d256_full")
-KERNELS = [*(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal"]
+CACHE_ROWS = ("fwd_cache_sm90_bf16_d128_causal", "fwd_cache_gather_sm90_bf16_d128_causal", "fwd_cache_sm90_bf16_d64_local_scored")
+KERNELS = [*(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal", *CACHE_ROWS]
 results: dict[str, list[planted.Result]] = {}
 
 pytestmark = pytest.mark.skipif(env.EMULATE != "sm90", reason="plants bugs in the Hopper kernels")

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulator")]
 
 import mutate  # noqa: E402
+import planted_cache  # noqa: E402
 
 # Checks find most bugs in the first run; the others are for bugs that only an unlucky order shows.
 RUNS = (
@@ -162,6 +163,58 @@ SURVIVORS = (
         "shared.dout_ring.begin_fill",
         "Q and dO have as many stages and are released together: the wait for Q's stage implies that for dO's",
         "bwd",
+    ),
+    Survivor(
+        "skip_wait flip_parity wrong_barrier",
+        "before_waiting_for(empty, state.phase ^ 1);",
+        "with three stages and a lag of three loads, what the consumer needs for a stage of K or V has been signalled",
+        "fwd_cache_gather",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "the emulator's lanes converge behind a branch; on a GPU they might copy pages before the stage is free",
+        "fwd_cache_sm90",
+        after="ring.begin_fill(state, bytes);",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "lanes that run ahead converge behind the next begin_fill",
+        "fwd_cache_sm90",
+        after="        }\n      }",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "the same, and gathering lanes converge in the look-up of the next tile's places",
+        "fwd_cache",
+        after="CacheHint::kEvictFirst);\n    }",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "the same, of an item without keys",
+        "fwd_cache",
+        after="shared.q_ring.begin_fill(q_state, 0);",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "the tile may lie in shared memory",
+        "the emulator's lanes converge behind the loop; on a GPU lane 0 might put the next item where others read this one",
+        "fwd_cache",
+    ),
+    Survivor(
+        "wrong_barrier",
+        "shared.v_ring.wait_full(v_state);",
+        "of the next stage: gathered tiles are signalled in their order, so that it implies the one waited for",
+        "fwd_cache_gather",
+    ),
+    Survivor(
+        "mask_edge",
+        "if ((hidden[half] & Word{1} << p) != 0)",
+        "64 rows of queries hide, in the second of two tiles of 128 keys, only keys behind the 64th: never a first accumulator",
+        "fwd_cache",
     ),
     Survivor(
         "drop_copy_wait raise_copy_wait weaken_copy_wait",
@@ -367,10 +420,16 @@ def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> S
     return None
 
 
+def _call_of(kernel: str) -> Callable[[], list[Any]]:
+    if kernel.startswith("fwd_cache"):
+        return planted_cache.cache_call(kernel)
+    return (backward_call if kernel.startswith("bwd") else attention_call)(kernel)
+
+
 def run_kernel(kernel: str, kinds: list[str] | None = None, log: Callable[[str], None] = print) -> list[Result]:
     from flash_ext import _emulator
 
-    bench = Bench(_emulator, kernel, (backward_call if kernel.startswith("bwd") else attention_call)(kernel))
+    bench = Bench(_emulator, kernel, _call_of(kernel))
     results: list[Result] = []
     begin = time.monotonic()
     for site in mutate.sites(bench.ptx, kernel, kinds):
