@@ -70,7 +70,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
          double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
          const std::string& backend, int64_t num_sequences, int64_t num_parts, bool sinks, bool alibi, bool k_bias,
-         bool block_mask, bool deterministic) {
+         bool block_mask, bool deterministic, int64_t wanted) {
         const FwdProblem problem{.dtype = dtype_from_name(dtype),
                                  .q = layout_from_python(q),
                                  .k = layout_from_python(k),
@@ -83,6 +83,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
                                  .softmax_scale = softmax_scale,
                                  .softcap = softcap,
                                  .deterministic = deterministic,
+                                 .wanted = wanted,
                                  .sinks = sinks,
                                  .alibi = alibi,
                                  .k_bias = k_bias,
@@ -94,7 +95,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       py::arg("softmax_scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
       py::arg("backend"), py::arg("num_sequences") = -1, py::arg("num_parts") = 0, py::arg("sinks") = false,
       py::arg("alibi") = false, py::arg("k_bias") = false, py::arg("block_mask") = false,
-      py::arg("deterministic") = false);
+      py::arg("deterministic") = false, py::arg("wanted") = FwdProblem{}.wanted);
 }
 
 void bind_fp8_plan(py::module_& m) {
@@ -215,7 +216,7 @@ PYBIND11_MODULE(_host, m) {
                       "tensors, whose layouts have three dimensions; num_parts: of the keys, 0 without split_boundaries.");
   bind_fp8_plan(m);
   bind_kvcache_plan(m);
-  bind_plan<plan_bwd>(m, "plan_bwd", "The plan of a backward call; arguments as plan_fwd.");
+  bind_plan<plan_bwd>(m, "plan_bwd", "The plan of a backward call; arguments as plan_fwd, wanted: bits of gradients as of the op.");
 
   m.def(
       "plan_bwd_preprocess",

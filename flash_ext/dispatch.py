@@ -12,9 +12,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import env, fp8, ops, reference
 from .arguments import BACKENDS, autocast, check_arguments
-from .call import OPTIONS, VARLEN_OPTIONS, Call
+from .call import OPTIONS, VARLEN_OPTIONS, WANT_DK, WANT_DK_BIAS, WANT_DQ, WANT_DSINKS, WANT_DV, Call
 
 DEVICES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What the gradients of a call would run: backend, variant, tile and rejected as in Explanation.
+
+    wanted: names of the inputs whose gradients are formed. workspace_bytes: device memory of the row statistics (float32, two a
+    row and query head), of the float32 sum of dq, of its turns if deterministic, and of copies of q, k and v; linear in seqlen.
+    Copies of incoming gradients, whose strides are not known yet, are not counted.
+    """
+
+    backend: str
+    variant: str
+    tile: tuple[int, int]
+    wanted: tuple[str, ...]
+    workspace_bytes: int
+    rejected: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,8 @@ class Explanation:
     tile: (rows of queries, rows of keys) of a tile; heads_per_tile query heads of a key head share its rows of queries.
     grid: CTAs in x, y, z; for the reference (row blocks, heads, batch). num_splits: parts of the key sequence that different
     CTAs work on. workspace_bytes: device memory beside inputs and results. copies: tensors copied first because of their
-    strides or alignment. rejected: for every other backend the reasons why it was not taken.
+    strides or alignment. rejected: for every other backend the reasons why it was not taken. backward: of the inputs that
+    require a gradient, or of all where none does; None for FP8 calls, which have no backward.
     """
 
     backend: str
@@ -37,6 +55,7 @@ class Explanation:
     workspace_bytes: int
     copies: tuple[str, ...]
     rejected: dict[str, tuple[str, ...]]
+    backward: Backward | None
 
     def __str__(self) -> str:
         lines = [
@@ -50,6 +69,8 @@ class Explanation:
             f"copies     {', '.join(self.copies) or 'none'}",
         ]
         lines += [f"not {name}:  {reason}" for name, reasons in self.rejected.items() for reason in reasons]
+        if self.backward is not None:
+            lines.append(f"backward   {self.backward.variant}, workspace {self.backward.workspace_bytes} bytes")
         return "\n".join(lines)
 
 
@@ -79,10 +100,14 @@ def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
 
 
 def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
-    q = call.q
-    if q.dtype == fp8.FP8:
+    if call.q.dtype == fp8.FP8:
         return fp8.plan(_host(), device, call, backend, _layout)
-    plan = _host().plan_fwd(
+    return _planned(_host().plan_fwd, device, call, backend)
+
+
+def _planned(planner: Any, device: str, call: Call, backend: str | None, **of_backward: Any) -> dict[str, Any]:
+    q = call.q
+    plan = planner(
         device=device,
         dtype=str(q.dtype).removeprefix("torch."),
         q=_layout(q),
@@ -100,6 +125,7 @@ def _plan(device: str, call: Call, backend: str | None) -> dict[str, Any]:
         alibi=call.alibi_slopes is not None,
         k_bias=call.k_bias is not None,
         block_mask=call.block_mask is not None,
+        **of_backward,
     )
     if device == "cpu" and q.device.type == "cuda" and ops.library_error is not None:
         why = f"the compiled kernels are not available: {ops.library_error}"
@@ -154,6 +180,25 @@ def check_device_info(device_info: Any) -> None:
         raise ValueError(f"device_info must be one of {', '.join(DEVICES)}, optionally followed by ':SMS', got {device_info!r}")
 
 
+def _explain_backward(device: str, call: Call) -> Backward:
+    bits = {"q": WANT_DQ, "k": WANT_DK, "v": WANT_DV, "sinks": WANT_DSINKS, "k_bias": WANT_DK_BIAS}
+    given = {name: getattr(call, name) for name in bits if getattr(call, name) is not None}
+    wanted = tuple(name for name, tensor in given.items() if tensor.requires_grad) or tuple(given)
+    deterministic = torch.are_deterministic_algorithms_enabled() if call.deterministic is None else call.deterministic
+    plan = _planned(
+        _host().plan_bwd, device, call, call.backend, deterministic=deterministic, wanted=sum(bits[name] for name in wanted)
+    )
+    is_kernel = bool(plan["variant"])  # a backend that has a forward alone leaves the gradients to the reference
+    return Backward(
+        backend=plan["backend"] if is_kernel else "reference",
+        variant=plan["variant"] if is_kernel else "reference_bwd",
+        tile=tuple(plan["tile"]) if is_kernel else reference.tile_shape(call.q.shape[-3], call.k.shape[-3], 1),
+        wanted=wanted,
+        workspace_bytes=plan["workspace_bytes"],
+        rejected={name: tuple(why) for name, why in plan["rejected"].items()},
+    )
+
+
 def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, **options: Any) -> Explanation:
     """What attention(q, k, v, **options) would run, where it is, or on the GPU that device_info imagines.
 
@@ -168,7 +213,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, 
     """
     call = _checked(q, k, v, options)
     check_device_info(device_info)
-    plan = _plan(device_info or device_name(call.q), call, call.backend)
+    device = device_info or device_name(call.q)
+    plan = _plan(device, call, call.backend)
     if plan["backend"] == "":
         raise ValueError(f"{call.function}: backend '{call.backend}' cannot run this call; {plan['rejections_as_text']}")
     backend, variant, tile, grid = plan["backend"], plan["variant"], plan["tile"], plan["grid"]
@@ -187,4 +233,5 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, device_info: str | None = None, 
         workspace_bytes=plan["workspace_bytes"],
         copies=tuple(plan["copies"]),
         rejected={name: tuple(why) for name, why in plan["rejected"].items()},
+        backward=None if call.q.dtype == fp8.FP8 else _explain_backward(device, call),
     )

@@ -110,6 +110,7 @@ Gradients bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
   FwdProblem problem = problem_from_inputs(inputs, backend);
   problem.block_mask = true;
   problem.deterministic = deterministic;
+  problem.wanted = wanted;
   const DeviceInfo& device = device_info_of(q);
   const FwdPlan plan = plan_bwd(problem, device);
   if (plan.variant != nullptr) {
@@ -123,7 +124,7 @@ Gradients bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
     OpMemory memory;
     add_lists(memory, columns, bits);
     memory.add(turns, MemoryRole::kIn, "turns");
-    return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, wanted, blocks, memory);
+    return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, blocks, memory);
   }
   const std::string reason = backend == "reference" ? "" : plan.rejections_as_text();
   std::vector<StableIValue> stack;

@@ -19,9 +19,6 @@
 namespace flash_ext {
 namespace {
 
-// Bits of `wanted`, as in flash_ext/call.py.
-enum Wanted : int64_t { kWantDq = 1, kWantDk = 2, kWantDv = 4, kWantDsinks = 8, kWantDkBias = 16 };
-
 Gradients reference_bwd(const std::optional<Tensor>& dout, const std::optional<Tensor>& dlse, const AttentionInputs& inputs,
                         const Tensor& out, const Tensor& lse, bool deterministic, int64_t wanted, const std::string& reason) {
   using torch::stable::detail::from;
@@ -118,10 +115,11 @@ void fill_unused_rows(const SeqlenParams& seqlens, int batch, std::initializer_l
 
 Gradients launch_bwd(const std::optional<Tensor>& dout, const std::optional<Tensor>& dlse, const AttentionInputs& inputs,
                      const Tensor& out, const Tensor& lse, const FwdProblem& problem, const FwdPlan& plan,
-                     const DeviceInfo& device, int64_t wanted, const BlockListParams& blocks, OpMemory& memory) {
+                     const DeviceInfo& device, const BlockListParams& blocks, OpMemory& memory) {
   const Tensor &q = inputs.q, &k = inputs.k, &v = inputs.v;
   const std::optional<Tensor>&sinks = inputs.sinks, &k_bias = inputs.k_bias;
   const bool deterministic = problem.deterministic;
+  const int64_t wanted = problem.wanted;
   const bool wants_dq = wanted & kWantDq, wants_dsinks = sinks && wanted & kWantDsinks;
   const bool wants_dk_bias = k_bias && wanted & kWantDkBias;
   const auto gradient_of = [&](const Tensor& tensor, bool is_wanted) {
@@ -252,6 +250,7 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
   const AttentionInputs inputs{q, k, v, FX_INPUT_NAMES};
   FwdProblem problem = problem_from_inputs(inputs, backend);
   problem.deterministic = deterministic;
+  problem.wanted = wanted;
   const DeviceInfo& device = device_info_of(q);
   const FwdPlan plan = plan_bwd(problem, device);
   if (plan.variant == nullptr) {  // a backend that has a forward alone leaves the gradients to the reference too
@@ -259,7 +258,7 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
                          backend == "reference" ? "" : plan.rejections_as_text());
   }
   OpMemory memory;
-  return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, wanted, BlockListParams{}, memory);
+  return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, BlockListParams{}, memory);
 }
 
 std::tuple<Tensor, Tensor> bwd_preprocess(Tensor out, Tensor dout, Tensor lse, std::optional<Tensor> dlse) {

@@ -15,6 +15,6 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dq, dk
 // blocks: the lists, of a variant whose mask is lists. memory: holds what the caller's own params point to.
 Gradients launch_bwd(const std::optional<Tensor>& dout, const std::optional<Tensor>& dlse, const AttentionInputs& inputs,
                      const Tensor& out, const Tensor& lse, const FwdProblem& problem, const FwdPlan& plan,
-                     const DeviceInfo& device, int64_t wanted, const BlockListParams& blocks, OpMemory& memory);
+                     const DeviceInfo& device, const BlockListParams& blocks, OpMemory& memory);
 
 }  // namespace flash_ext

@@ -69,14 +69,22 @@ struct Wanted {
 };
 
 // What of the problem a row does not cover, as bits: a plan is made at every call, its words only where somebody asks.
-enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kScore = 8 };
+enum Mismatch : unsigned { kDtype = 1, kHeadDim = 2, kMask = 4, kScore = 8, kGradients = 16 };
+
+// Rows of the backward that form some of the gradients (rows/bwd.py).
+bool forms_dq_alone(const Variant& row) { return row.op == Op::k_bwd && row.kind == std::string_view("dq"); }
+bool forms_dkv_alone(const Variant& row) { return row.op == Op::k_bwd && row.kind == std::string_view("dkv"); }
+
+bool forms_wanted(const Variant& row, int64_t wanted) {
+  return !(forms_dq_alone(row) && wanted & (kWantDk | kWantDv | kWantDkBias)) && !(forms_dkv_alone(row) && wanted & kWantDq);
+}
 
 unsigned mismatches(const Variant& row, const FwdProblem& problem, const Wanted& wanted) {
   const auto covers = [](int largest, int64_t dim) { return dim <= largest && dim % 8 == 0; };
   const bool dims = covers(row.head_dim, problem.head_dim()) && covers(row.head_dim_v, problem.head_dim_v());
   const bool lists = wanted.mask == Mask::k_blocks || row.mask == Mask::k_blocks;
   return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (lists ? row.mask != wanted.mask : row.mask < wanted.mask) |
-         kScore * (row.score < wanted.score);
+         kScore * (row.score < wanted.score) | kGradients * !forms_wanted(row, problem.wanted);
 }
 
 std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, const Wanted& wanted) {
@@ -104,14 +112,16 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
     }
     reasons.push_back("no compiled kernel has " + what);
   }
+  if (mismatch & kGradients) reasons.push_back("no compiled kernel has all the gradients that are wanted");
   return reasons;
 }
 
-// Whether row a does less work than row b: fewer columns first, then the less general score and mask, then the larger tile.
+// Whether row a does less work than row b: fewer columns first, then the less general score, fewer gradients, the less general
+// mask, then the larger tile.
 bool is_smaller(const Variant& a, const Variant& b) {
   const auto cost = [](const Variant& row) {
-    return std::tuple(row.head_dim + row.head_dim_v, static_cast<int>(row.score), static_cast<int>(row.mask),
-                      -row.smem_bytes);
+    return std::tuple(row.head_dim + row.head_dim_v, static_cast<int>(row.score),
+                      !forms_dq_alone(row) && !forms_dkv_alone(row), static_cast<int>(row.mask), -row.smem_bytes);
   };
   return cost(a) < cost(b);
 }
@@ -169,7 +179,7 @@ int64_t num_key_items(const FwdProblem& problem, int64_t block_n) {
 // Row statistics, the float32 sum of dQ and its turns.
 int64_t bwd_workspace_bytes(const FwdProblem& problem, const Variant& row, bool deterministic) {
   const int64_t rows = bwd_stats_rows(problem) * problem.num_heads() * (problem.packed() ? 1 : problem.batch());
-  const int64_t column_blocks = num_slabs(row.head_dim);
+  const int64_t column_blocks = problem.wanted & kWantDq ? num_slabs(row.head_dim) : 0;
   return 4 * rows * (2 + column_blocks * kDqBlockColumns) + (deterministic ? 4 * rows / kDqBlockRows * column_blocks : 0);
 }
 

@@ -16,6 +16,9 @@ struct TensorLayout {
   bool base_aligned = true;  // the first element lies on a 16-byte boundary
 };
 
+// Gradients, as bits: those of `wanted` in flash_ext/call.py.
+enum Gradient : int64_t { kWantDq = 1, kWantDk = 2, kWantDv = 4, kWantDsinks = 8, kWantDkBias = 16 };
+
 struct FwdProblem {
   ScalarType dtype{};
   TensorLayout q, k, v;         // packed sequences: batch 1
@@ -27,6 +30,7 @@ struct FwdProblem {
   double softmax_scale = 1.0;
   double softcap = 0.0;  // 0: off
   bool deterministic = false;  // of the backward
+  int64_t wanted = kWantDq | kWantDk | kWantDv | kWantDsinks | kWantDkBias;  // of the backward
   bool sinks = false, alibi = false, k_bias = false, leftpad = false;
   bool block_mask = false;  // which keys are seen is told by lists, and causal and windows are part of them
   std::string backend;   // empty: the planner chooses

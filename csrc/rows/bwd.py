@@ -53,6 +53,28 @@ def _bwd_sm90() -> list[Variant]:
     ]  # fmt: skip
 
 
+# Kernels for frozen k and v, and for a frozen q: a window takes the other masks too, where each tile is then masked.
+def _bwd_sm90_frozen() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd",
+            arch="sm90",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            mask="local",
+            block_m=tile[0],
+            block_n=tile[1],
+            config=f"sm90::{wrapper}<flash_ext::sm90::BwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim_v}, "
+            "flash_ext::LocalMask, flash_ext::PlainScore>>",
+            kind=kind,
+        )
+        for dtype in DTYPES
+        for (head_dim, head_dim_v), tile in BWD_SM90_TILES.items()
+        for kind, wrapper in (("dq", "DqAlone"), ("dkv", "DkvAlone"))
+    ]
+
+
 # And sm80/bwd.cuh (BwdTile), by shared memory as in FWD_SM80_TILES. Beyond head_dim 128, no tile fits 99 KiB well.
 BWD_SM80_TILES = {
     (64, 64, 163): (128, 128),
@@ -125,4 +147,4 @@ def _bwd_preprocess() -> list[Variant]:
 
 
 def rows() -> list[Variant]:
-    return [*_bwd_sm90(), *_bwd_sm80(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks()]
+    return [*_bwd_sm90(), *_bwd_sm90_frozen(), *_bwd_sm80(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks()]

@@ -57,6 +57,7 @@ class Variant:
     scored: bool = False
     smem_kib: int = 0
     # FP8 forward: one scale for a 'head' or for each 'block' of 64 rows; '_unflushed': sums stay in the tensor cores.
+    # Backward: 'dq' and 'dkv' form these gradients alone.
     kind: str = ""
 
     @property

@@ -147,7 +147,9 @@ __device__ __forceinline__ void flash_bwd_sm90(const BwdParams& params) {
     if (warp == 0) {
       if (elect_one()) produce_tiles<Config>(params, shared);
     } else if (warp <= kBwdConsumers) {
-      if (elect_one()) write_dq<Config>(params, shared, warp - 1);
+      if constexpr (Config::kWantsDq) {
+        if (elect_one()) write_dq<Config>(params, shared, warp - 1);
+      }
     }
   } else {
     increase_registers<Config::kConsumerRegisters>();

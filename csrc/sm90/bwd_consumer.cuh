@@ -67,7 +67,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
   using Mask = typename Config::Mask;
   using Shared = BwdStorage<Config>;
   constexpr int kThreads = 128, kAllThreads = kBwdConsumers * kThreads;
-  constexpr bool kOwnsKeys = Config::kOwnsKeys;
+  constexpr bool kOwnsKeys = Config::kOwnsKeys, kWantsDq = Config::kWantsDq, kWantsDkv = Config::kWantsDkv;
   constexpr int kQueries = Config::kQueriesPerConsumer;
   constexpr int kNumAccS = kQueries / 2;
   const int thread = threadIdx.x % kThreads;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
   float acc_s[kNumAccS], acc_dp_own[Config::kOneScoreTile ? 1 : kNumAccS];
   float (&acc_dp)[kNumAccS] = one_of<Config::kOneScoreTile>(acc_s, acc_dp_own);
   // Owner of keys: dK and dV. Else dK (consumer 0) or dV (consumer 1), in acc_dk.
-  float acc_dk[Config::kHeadDim / 2], acc_dv[kOwnsKeys ? Config::kHeadDimV / 2 : 1];
+  float acc_dk[kWantsDkv ? Config::kHeadDim / 2 : 1], acc_dv[kWantsDkv && kOwnsKeys ? Config::kHeadDimV / 2 : 1];
   float acc_dq_own[Config::kOneScoreTile ? 1 : kDqAccumulators];
   float (&acc_dq)[kDqAccumulators] = one_of<Config::kOneScoreTile>(acc_s, acc_dq_own);
   uint32_t p_regs[kNumAccS / 2], ds_regs_own[Config::kSparesRegisters ? 1 : kNumAccS / 2];
@@ -128,8 +128,8 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Config::kBlockN / 16; ++step) {
-      Wgmma<Element, kDqBlockColumns>::template ss<true, true>(acc_dq, mn_major_keys.at(ds_step + mn_major_step(step)),
-                                                               mn_major_keys.at(k_step + mn_major_step(step)), step > 0);
+      Wgmma<Element, kDqBlockColumns>::template ss<Major::kMn, Major::kMn>(
+          acc_dq, mn_major_keys.at(ds_step + mn_major_step(step)), mn_major_keys.at(k_step + mn_major_step(step)), step > 0);
     }
     wgmma_commit();
   };
@@ -158,7 +158,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     shared.v_ring.wait_full(item_state);
 
     for_each_query_tile<Config>(params, item, tiles, [&](int head, int m_block, const auto& visit) {
-      if constexpr (Config::kSparesRegisters) {
+      if constexpr (Config::kHidesBase) {
         asm volatile("" : "+r"(base));  // else every descriptor of the loop is computed before it, and spilled
         set_descriptors();
       }
@@ -233,13 +233,13 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       if constexpr (Config::kStagesDs == 1) {
         named_barrier_sync(static_cast<int>(BwdBarrier::kScoresUsed), kAllThreads);
       }
-      if constexpr (!kOwnsKeys) {
+      if constexpr (!kOwnsKeys && kWantsDkv) {
         store_scores<kQueries / 16>(p_regs, shared_address(shared.p.stage[ds_state.stage]) + my_score_rows,
                                     warpgroup * (kQueries / 16), lane);
       }
 
       const auto issue_dv = [&] {
-        if constexpr (kOwnsKeys) {
+        if constexpr (kOwnsKeys && kWantsDkv) {
           const uint32_t b_step = kDout + dout_state.stage * kDoutStage;
           wgmma_fence();
 #pragma unroll
@@ -300,19 +300,21 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       for (int i = 0; i < kNumAccS / 2; ++i) ds_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
 
       const uint32_t ds_rows = shared_address(shared.ds[ds_state.stage]) + my_score_rows;
-      if constexpr (kOwnsKeys) {
+      if constexpr (kOwnsKeys && kWantsDq) {
 #pragma unroll
         for (int slab = 0; slab < num_slabs(Config::kBlockM); ++slab) {
           store_scores<4>(&ds_regs[slab * kSlabColumns / 4], ds_rows + slab * Config::kBlockN * kSlabRowBytes, 0, lane);
         }
-      } else {
+      } else if constexpr (!kOwnsKeys) {
         store_scores<kQueries / 16>(ds_regs, ds_rows, warpgroup * (kQueries / 16), lane);
       }
-      fence_async_proxy();
-      named_barrier_sync(static_cast<int>(BwdBarrier::kScoresWritten), kAllThreads);
+      if constexpr (!kOwnsKeys || kWantsDq) {
+        fence_async_proxy();
+        named_barrier_sync(static_cast<int>(BwdBarrier::kScoresWritten), kAllThreads);
+      }
 
-      issue_dq(warpgroup);
-      if constexpr (kOwnsKeys) {
+      if constexpr (kWantsDq) issue_dq(warpgroup);
+      if constexpr (kOwnsKeys && kWantsDkv) {
         const uint32_t b_step = kQuery + q_state.stage * kQueryStage;
         wgmma_fence();
 #pragma unroll
@@ -320,24 +322,30 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
           Wgmma<Element, Config::kHeadDim>::rs(acc_dk, &ds_regs[4 * step], mn_major_queries.at(b_step + mn_major_step(step)));
         }
         wgmma_commit();
-      } else {
+      } else if constexpr (kWantsDkv) {
         const uint32_t a_step = (warpgroup == 0 ? kDs : kP) + ds_state.stage * kScoreStage;
         const uint32_t b_step = warpgroup == 0 ? kQuery + q_state.stage * kQueryStage : kDout + dout_state.stage * kDoutStage;
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Config::kBlockM / 16; ++step) {
-          Wgmma<Element, Config::kHeadDim>::template ss<false, true>(
+          Wgmma<Element, Config::kHeadDim>::template ss<Major::kK, Major::kMn>(
               acc_dk, k_major.at(a_step + k_major_step(Config::kBlockN, step)),
               mn_major_queries.at(b_step + mn_major_step(step)), true);
         }
         wgmma_commit();
       }
-      wgmma_wait<1>();
-      hand_over_dq();
-      for (int block = warpgroup + kBwdConsumers; block < Config::kDqBlocks; block += kBwdConsumers) {
-        issue_dq(block);
-        wgmma_wait<0>();
+      if constexpr (kWantsDq) {
+        wgmma_wait<kWantsDkv ? 1 : 0>();
         hand_over_dq();
+#pragma unroll
+        for (int first = kBwdConsumers; first < Config::kDqBlocks; first += kBwdConsumers) {
+          if (first + kBwdConsumers > Config::kDqBlocks && first + warpgroup >= Config::kDqBlocks) break;
+          issue_dq(first + warpgroup);
+          wgmma_wait<0>();
+          hand_over_dq();
+        }
+      } else {
+        wgmma_wait<1>();  // dV, whose operand P makes room
       }
       used = true;
       q_state.advance();
@@ -384,11 +392,11 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
         }
       }
     }
-    if constexpr (kOwnsKeys) {
+    if constexpr (kOwnsKeys && kWantsDkv) {
       named_barrier_sync(static_cast<int>(BwdBarrier::kValuesUsed0) + warpgroup, kThreads);
       store(acc_dv, params.dv, params.dv_strides, params.head_dim_v, 0);
       store(acc_dk, params.dk, params.dk_strides, params.head_dim, 0);
-    } else {
+    } else if constexpr (kWantsDkv) {
       named_barrier_sync(static_cast<int>(BwdBarrier::kValuesUsed0), kAllThreads);
       store(acc_dk, has_dk ? params.dk : params.dv, has_dk ? params.dk_strides : params.dv_strides,
             has_dk ? params.head_dim : params.head_dim_v, warpgroup);

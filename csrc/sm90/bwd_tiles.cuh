@@ -65,6 +65,10 @@ struct BwdConfig : BwdTile<kHeadDim_, kHeadDimV_> {
   // dK and dV leave no registers for S and dP side by side: dP is computed after S, and dS from the rounded P.
   static constexpr bool kOneScoreTile = kOwnsKeys && kHeadDim + kHeadDimV > 256;
   static constexpr bool kSparesRegisters = kOneScoreTile || Score::kModifies;
+  // Descriptors are computed anew in each trip, from a base that the compiler cannot see through.
+  static constexpr bool kHidesBase = kSparesRegisters || kHeadDim == 256;
+  // Which gradients the kernel forms.
+  static constexpr bool kWantsDq = true, kWantsDkv = true;
   static constexpr int kQueriesPerConsumer = kOwnsKeys ? Tile::kBlockM : Tile::kBlockM / kBwdConsumers;
   // Bytes of a tile with this many rows, in whole slabs.
   static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
@@ -82,6 +86,17 @@ struct BwdConfig : BwdTile<kHeadDim_, kHeadDimV_> {
                 "tiles of queries are blocks of dQ, and never straddle two sequences");
   static_assert(kOwnsKeys || (Tile::kBlockN == kRowsPerWarpgroup && kHeadDim == kHeadDimV),
                 "consumers that share 64 keys accumulate dK and dV with the same instructions");
+};
+
+// Kernels for inputs without a gradient, that leave out the products of what is not wanted: of frozen k and v, and of frozen q.
+// A branch in the kernel that has all products would cost it registers, and ptxas would serialise the products.
+template <class Config>
+struct DqAlone : Config {
+  static constexpr bool kWantsDkv = false;
+};
+template <class Config>
+struct DkvAlone : Config {
+  static constexpr bool kWantsDq = false;
 };
 
 template <bool kPresent, int kStages, int kBytes>

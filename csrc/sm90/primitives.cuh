@@ -205,7 +205,7 @@ __device__ __forceinline__ void complete_before_wait(float value) {
 }
 
 // wgmma m64nNk16 with float32 accumulators `d`: d = A B + (accumulate ? d : 0).
-//   ss: A and B in shared memory, each K-major, or MN-major where said.
+//   ss: A and B in shared memory, each K-major, or MN-major where said (Major).
 //   rs: A in registers, B MN-major in shared memory; always accumulates.
 // The operand lists are spelled in tens: FX_TEXT10(3) is "%30, ... %39", FX_REGS10(3) the operands d[30] to d[39].
 #define FX_TEXT10(t)                                                                                \
@@ -240,6 +240,9 @@ __device__ __forceinline__ void complete_before_wait(float value) {
              "%122, %123, %124, %125, %126, %127"
 #define FX_REGS_128 FX_REGS_90, FX_REGS10(9), FX_REGS10(10), FX_REGS10(11), FX_REGS8(12)
 
+// Which index of a matrix in shared memory runs along its rows: k, as in A's rows and B's columns, or the other.
+enum class Major { kK, kMn };
+
 template <class Element, int kN>
 struct Wgmma;
 
@@ -247,13 +250,13 @@ struct Wgmma;
 #define FX_DEFINE_WGMMA(ELEMENT, TYPE, N, R, A, B, C, D, E, F)                                       \
   template <>                                                                                        \
   struct Wgmma<ELEMENT, N> {                                                                         \
-    template <bool kMnMajorA = false, bool kMnMajorB = false>                                          \
+    template <Major kMajorA = Major::kK, Major kMajorB = Major::kK>                                  \
     __device__ __forceinline__ static void ss(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) { \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #C ", 0;\n"                                  \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FX_TEXT_##R  \
                    "}, %" #A ", %" #B ", p, 1, 1, %" #D ", %" #E ";\n}"                              \
                    : FX_REGS_##R                                                                     \
-                   : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kMnMajorA)), "n"(int(kMnMajorB))); \
+                   : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kMajorA)), "n"(int(kMajorB)));    \
     }                                                                                                \
     __device__ __forceinline__ static void rs(float (&d)[R], const uint32_t* a, uint64_t b) {        \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #F ", 0;\n"                                  \

@@ -306,6 +306,65 @@ def test_plan_bwd_names_its_reasons() -> None:
     assert got["backend"] == "reference" and set(got["rejected"]) == {"sm90", "sm80"}
 
 
+# --- the backward: which gradients, and how much memory ---
+
+GRADIENTS = {"q": 1, "k": 2, "v": 4, "sinks": 8, "k_bias": 16}
+needs_sm90_bwd = pytest.mark.skipif(
+    not {f"bwd_sm90_bf16_d128_{kind}" for kind in ("causal", "full", "local_dq", "local_dkv", "local_scored")} <= set(VARIANTS),
+    reason="this build lacks sm90 backward kernels",
+)
+
+
+def wanting(names: str, tensors: tuple = ()) -> tuple:
+    return tuple(t.clone().requires_grad_(name in names) for name, t in zip("qkv", tensors or call(), strict=True))
+
+
+@needs_sm90_bwd
+@pytest.mark.parametrize(
+    "names,row", (("", "full"), ("qkv", "full"), ("qk", "full"), ("q", "local_dq"), ("kv", "local_dkv"), ("v", "local_dkv"))
+)
+def test_explain_tells_the_backward_of_the_gradients_wanted(names: str, row: str) -> None:
+    found = flash_ext.explain(*wanting(names), device_info="sm90").backward
+    assert found.backend == "sm90" and found.variant == f"bwd_sm90_bf16_d128_{row}" and found.tile == (64, 128)
+    assert found.wanted == tuple(names or "qkv")
+    assert f"backward   {found.variant}, workspace {found.workspace_bytes} bytes" in str(
+        flash_ext.explain(*wanting(names), device_info="sm90")
+    )
+
+
+@needs_sm90_bwd
+def test_gradients_of_scores_take_the_row_of_all() -> None:
+    bias = meta(2, 8, 1000, dtype=torch.float32).requires_grad_()
+    found = flash_ext.explain(*call(), device_info="sm90", k_bias=bias).backward
+    assert found.variant == "bwd_sm90_bf16_d128_local_scored" and found.wanted == ("k_bias",)
+    sinks = meta(8, dtype=torch.float32).requires_grad_()
+    assert flash_ext.explain(*call(), device_info="sm90", sinks=sinks).backward.wanted == ("sinks",)
+
+
+@needs_sm90_bwd
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("head_dim", (64, 72, 128, 256))
+def test_the_backwards_memory_is_linear_in_the_length(head_dim: int, deterministic: bool) -> None:
+    """Two float32 statistics a row, a float32 sum of dq in whole blocks of 64 rows and columns, a turn for each block."""
+    columns = {64: 64, 72: 128, 128: 128, 256: 256}[head_dim]
+    if f"bwd_sm90_bf16_d{columns}_causal" not in VARIANTS or "bwd_sm90_bf16_d96_causal" not in VARIANTS:
+        pytest.skip("this build holds a subset of the backward rows")
+    for seqlen in (1, 1000, 1024, 131072):
+        rows = 2 * 8 * -(-seqlen // 128) * 128
+        blocks = rows // 64 * columns // 64
+        for names in ("q", "kv", "qkv"):
+            tensors = wanting(names, call(seqlen, 3 * seqlen, 8, 2, head_dim))
+            found = flash_ext.explain(*tensors, device_info="sm90", causal=True, deterministic=deterministic).backward
+            expected = 8 * rows + ("q" in names) * blocks * (64 * 64 * 4 + 4 * deterministic)
+            assert found.workspace_bytes == expected, (seqlen, names)
+
+
+def test_the_reference_explains_its_backward() -> None:
+    found = flash_ext.explain(*call(), device_info="sm90", backend="reference").backward
+    assert (found.backend, found.variant, found.workspace_bytes) == ("reference", "reference_bwd", 0)
+    assert set(found.rejected) == {"sm90", "sm80"}
+
+
 # --- the backward's first step ---
 
 
@@ -387,11 +446,13 @@ def test_explain_here() -> None:
 def test_explanation_is_a_frozen_dataclass() -> None:
     e = flash_ext.explain(*call())
     fields = [f.name for f in dataclasses.fields(flash_ext.Explanation)]
-    expected = ["backend", "variant", "tile", "heads_per_tile", "grid", "num_splits", "workspace_bytes", "copies", "rejected"]
+    expected = [
+        "backend", "variant", "tile", "heads_per_tile", "grid", "num_splits", "workspace_bytes", "copies", "rejected", "backward",
+    ]  # fmt: skip
     assert fields == expected
     with pytest.raises(dataclasses.FrozenInstanceError):
         e.backend = "sm90"
-    assert len(str(e).splitlines()) == 8 + sum(map(len, e.rejected.values()))
+    assert len(str(e).splitlines()) == 9 + sum(map(len, e.rejected.values()))
 
 
 def test_explain_and_supported_touch_no_data() -> None:
