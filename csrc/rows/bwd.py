@@ -75,13 +75,14 @@ def _bwd_sm90_frozen() -> list[Variant]:
     ]
 
 
-# And sm80/bwd.cuh (BwdTile), by shared memory as in FWD_SM80_TILES. Beyond head_dim 128, no tile fits 99 KiB well.
+# And sm80/bwd.cuh (BwdTile), by shared memory as in FWD_SM80_TILES.
 BWD_SM80_TILES = {
     (64, 64, 163): (128, 128),
     (64, 64, 99): (64, 128),
     (128, 128, 163): (64, 128),
     (128, 128, 99): (64, 64),
     (256, 256, 163): (64, 64),
+    (256, 256, 99): (32, 64),
 }
 
 

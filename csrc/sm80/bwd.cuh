@@ -29,29 +29,34 @@ namespace flash_ext::sm80 {
 
 constexpr int kBwdWarps = 8;
 
-// Tile sizes. kKeyWarps: groups of warps that share the keys of S, dP, dK and dV; the warps of a group share the queries of
-// S and dP, and the columns of dK and dV. kDqRowWarps: groups that share the queries of dQ. kStages: of Q and dO.
+// Tile sizes. kKeyWarps: groups of warps that share the keys of S and dP; the warps of a group share the queries. kSumKeyWarps:
+// the same for dK and dV, whose columns a group shares. kDqRowWarps: groups that share the queries of dQ. kStages: of Q and dO.
+// kDoutParts: dO arrives in so many parts of its columns, of which two lie in shared memory (`sliced_step`).
 template <int kHeadDim, SharedLimit kLimit>
 struct BwdTile;
 template <>
 struct BwdTile<64, SharedLimit::k163> {
-  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kKeyWarps = 4, kDqRowWarps = 4;
+  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kKeyWarps = 4, kSumKeyWarps = 4, kDqRowWarps = 4, kDoutParts = 1;
 };
 template <>
 struct BwdTile<128, SharedLimit::k163> {
-  static constexpr int kBlockM = 64, kBlockN = 128, kStages = 2, kKeyWarps = 4, kDqRowWarps = 2;
+  static constexpr int kBlockM = 64, kBlockN = 128, kStages = 2, kKeyWarps = 4, kSumKeyWarps = 4, kDqRowWarps = 2, kDoutParts = 1;
 };
 template <>
 struct BwdTile<256, SharedLimit::k163> {
-  static constexpr int kBlockM = 64, kBlockN = 64, kStages = 1, kKeyWarps = 2, kDqRowWarps = 2;
+  static constexpr int kBlockM = 64, kBlockN = 64, kStages = 1, kKeyWarps = 2, kSumKeyWarps = 2, kDqRowWarps = 2, kDoutParts = 1;
 };
 template <>
 struct BwdTile<64, SharedLimit::k99> {
-  static constexpr int kBlockM = 64, kBlockN = 128, kStages = 2, kKeyWarps = 4, kDqRowWarps = 2;
+  static constexpr int kBlockM = 64, kBlockN = 128, kStages = 2, kKeyWarps = 4, kSumKeyWarps = 4, kDqRowWarps = 2, kDoutParts = 1;
 };
 template <>
 struct BwdTile<128, SharedLimit::k99> {
-  static constexpr int kBlockM = 64, kBlockN = 64, kStages = 1, kKeyWarps = 2, kDqRowWarps = 2;
+  static constexpr int kBlockM = 64, kBlockN = 64, kStages = 1, kKeyWarps = 2, kSumKeyWarps = 2, kDqRowWarps = 2, kDoutParts = 1;
+};
+template <>
+struct BwdTile<256, SharedLimit::k99> {
+  static constexpr int kBlockM = 32, kBlockN = 64, kStages = 1, kKeyWarps = 4, kSumKeyWarps = 2, kDqRowWarps = 1, kDoutParts = 4;
 };
 
 // A kernel for every head_dim up to kHeadDim and head_dim_v up to kHeadDimV: copies fill the other columns with zeros.
@@ -70,29 +75,37 @@ struct BwdConfig : BwdTile<kHeadDim_, kLimit_> {
   static constexpr int kWarpsPerGroup = kBwdWarps / Tile::kKeyWarps;
   static constexpr int kWarpKeys = Tile::kBlockN / Tile::kKeyWarps;
   static constexpr int kWarpQueries = Tile::kBlockM / kWarpsPerGroup;
-  static constexpr int kWarpColumns = kHeadDim / kWarpsPerGroup;    // of dK
-  static constexpr int kWarpColumnsV = kHeadDimV / kWarpsPerGroup;  // of dV
+  static constexpr int kWarpsPerSumGroup = kBwdWarps / Tile::kSumKeyWarps;
+  static constexpr int kSumKeys = Tile::kBlockN / Tile::kSumKeyWarps;
+  static constexpr int kPartColumns = kHeadDimV / Tile::kDoutParts;       // of dO
+  static constexpr int kWarpColumns = kHeadDim / kWarpsPerSumGroup;       // of dK
+  static constexpr int kWarpColumnsV = kPartColumns / kWarpsPerSumGroup;  // of dV, in each part
   static constexpr int kDqColumnWarps = kBwdWarps / Tile::kDqRowWarps;
   static constexpr int kDqRows = Tile::kBlockM / Tile::kDqRowWarps;
   static constexpr int kDqColumns = kHeadDim / kDqColumnWarps;
   static constexpr int kDqColumnBlocks = num_slabs(kHeadDim);
   // Bytes of a tile with this many rows, in whole slabs.
   static constexpr int kQueryTileBytes = Tile::kBlockM * num_slabs(kHeadDim) * kSlabRowBytes;
-  static constexpr int kDoutTileBytes = Tile::kBlockM * num_slabs(kHeadDimV) * kSlabRowBytes;
+  static constexpr int kDoutTileBytes = Tile::kBlockM * num_slabs(kPartColumns) * kSlabRowBytes;
+  static constexpr int kDoutTiles = Tile::kDoutParts > 1 ? 2 : Tile::kStages;
   static constexpr int kKeyTileBytes = Tile::kBlockN * num_slabs(kHeadDim) * kSlabRowBytes;
   static constexpr int kValueTileBytes = Tile::kBlockN * num_slabs(kHeadDimV) * kSlabRowBytes;
   static constexpr int kScoreTileBytes = Tile::kBlockN * num_slabs(Tile::kBlockM) * kSlabRowBytes;
+  // Where less than a slab of queries: P^T and dS^T lie side by side in one tile.
+  static constexpr int kScoreTiles = Tile::kBlockM < kSlabColumns ? 1 : 2;
+  static constexpr int kGradientColumn = kScoreTiles == 1 ? Tile::kBlockM : 0;  // of dS^T
 
   static_assert(kHeadDim % kSlabColumns == 0 && kHeadDimV % kSlabColumns == 0, "products step through slabs");
-  static_assert(kWarpKeys == 32, "a warp owns two row tiles of keys");
-  static_assert(kWarpQueries % 16 == 0 && kWarpColumns % 16 == 0 && kDqRows % 16 == 0 &&
-                    kDqColumns % 16 == 0,
+  static_assert(kWarpKeys % 16 == 0 && kSumKeys % 16 == 0 && kWarpQueries % 16 == 0 && kWarpColumns % 16 == 0 &&
+                    kWarpColumnsV % 16 == 0 && kDqRows % 16 == 0 && kDqColumns % 16 == 0,
                 "a warp owns whole tiles of mma.sync");
+  static_assert(kPartColumns % kSlabColumns == 0, "parts of dO are whole slabs");
   static_assert(kSlabColumns % kWarpColumns == 0 && kSlabColumns % kWarpColumnsV == 0 && kSlabColumns % kDqColumns == 0 &&
                     kSlabColumns % kWarpQueries == 0,
                 "a warp's columns lie in one slab");
-  static_assert(Tile::kBlockM % kDqBlockRows == 0 && kStatsRowAlignment % Tile::kBlockM == 0,
-                "tiles of queries are blocks of dQ, and never straddle two sequences");
+  static_assert((Tile::kBlockM % kDqBlockRows == 0 || kDqBlockRows % Tile::kBlockM == 0) && kStatsRowAlignment % Tile::kBlockM == 0,
+                "tiles of queries are blocks of dQ or parts of one, and never straddle two sequences");
+  static_assert(kDqBlockRows / Tile::kBlockM <= kDqColumnBlocks, "each part of a block has turns of its own");
   static_assert(Tile::kStages * kQueryTileBytes >= kBwdWarps * kStagingBytesPerWarp, "dK and dV leave through Q's stages");
 };
 
@@ -173,10 +186,9 @@ struct BwdStorage {
   alignas(kSlabRowBytes) uint8_t k[Config::kKeyTileBytes];
   alignas(kSlabRowBytes) uint8_t v[Config::kValueTileBytes];
   alignas(kSlabRowBytes) uint8_t q[Config::kStages][Config::kQueryTileBytes];  // at the end: staging of dK and dV
-  alignas(kSlabRowBytes) uint8_t dout[Config::kStages][Config::kDoutTileBytes];
-  // P^T and dS^T: a row for each key, queries in slabs. At the end, ds holds sums of the bias gradient.
-  alignas(kSlabRowBytes) uint8_t p[Config::kScoreTileBytes];
-  alignas(kSlabRowBytes) uint8_t ds[Config::kScoreTileBytes];
+  alignas(kSlabRowBytes) uint8_t dout[Config::kDoutTiles][Config::kDoutTileBytes];
+  // P^T in the first, dS^T in the last: a row for each key, queries in slabs. At the end sums of the bias gradient.
+  alignas(kSlabRowBytes) uint8_t scores[Config::kScoreTiles][Config::kScoreTileBytes];
   alignas(16) float lse_log2[Config::kStages][Config::kBlockM];
   alignas(16) float delta[Config::kStages][Config::kBlockM];
   BwdWork work;  // here, since the main loop has no registers for it
@@ -247,12 +259,12 @@ template <class Config>
 __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
   using Element = typename Config::Element;
   using Score = typename Config::Score;
-  constexpr int kRowTiles = Config::kWarpKeys / 16;
+  constexpr int kRowTiles = Config::kWarpKeys / 16, kSumRowTiles = Config::kSumKeys / 16;
   constexpr int kPairsS = Config::kWarpQueries / 16;
   constexpr int kDqRowTiles = Config::kDqRows / 16;
   constexpr int kDqPairs = Config::kDqColumns / 16;
   using QueryCopy = TileCopy<Config::kBlockM, Config::kHeadDim, Config::kNumThreads>;
-  using DoutCopy = TileCopy<Config::kBlockM, Config::kHeadDimV, Config::kNumThreads>;
+  using DoutCopy = TileCopy<Config::kBlockM, Config::kPartColumns, Config::kNumThreads>;
   using KeyCopy = TileCopy<Config::kBlockN, Config::kHeadDim, Config::kNumThreads>;
   using ValueCopy = TileCopy<Config::kBlockN, Config::kHeadDimV, Config::kNumThreads>;
   extern __shared__ __align__(128) uint8_t shared_bytes[];
@@ -269,6 +281,9 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
   const int warp = read_thread() / 32;
   const int warp_key = warp / Config::kWarpsPerGroup * Config::kWarpKeys;     // in the tile
   const int warp_query = warp % Config::kWarpsPerGroup * Config::kWarpQueries;  // in the tile of queries, for S and dP
+  const int sum_key = warp / Config::kWarpsPerSumGroup * Config::kSumKeys;      // for dK and dV
+  const int sum_column = warp % Config::kWarpsPerSumGroup;                      // in units of a warp's columns
+  const uint32_t p_tile = shared_address(shared.scores[0]), ds_tile = shared_address(shared.scores[Config::kScoreTiles - 1]);
   const typename Config::Mask mask(params.mask);
 
   // The statistics of queries m_block of a head, and its sums of dQ, stand at these rows.
@@ -276,14 +291,19 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     return (int64_t(sequence.q.batch) * params.num_heads + head) * params.stats_rows + work.stats_row +
            m_block * Config::kBlockM;
   };
+  const auto load_dout = [&](int head, int m_block, int stage, int part) {
+    const int first = m_block * Config::kBlockM;
+    DoutCopy::copy(shared_address(shared.dout[stage]), sequence.q.num_rows - first, params.head_dim_v - part * Config::kPartColumns,
+                   rows_of(params.dout, params.dout_strides, sequence.q, head) + int64_t{2} * first * params.dout_strides.row +
+                       2 * part * Config::kPartColumns,
+                   2 * params.dout_strides.row);
+  };
   const auto load_queries = [&](int head, int m_block, int stage) {
     const int first = m_block * Config::kBlockM;
     QueryCopy::copy(shared_address(shared.q[stage]), sequence.q.num_rows - first, params.head_dim,
                     rows_of(params.q, params.q_strides, sequence.q, head) + int64_t{2} * first * params.q_strides.row,
                     2 * params.q_strides.row);
-    DoutCopy::copy(shared_address(shared.dout[stage]), sequence.q.num_rows - first, params.head_dim_v,
-                   rows_of(params.dout, params.dout_strides, sequence.q, head) + int64_t{2} * first * params.dout_strides.row,
-                   2 * params.dout_strides.row);
+    if constexpr (Config::kDoutParts == 1) load_dout(head, m_block, stage, 0);
     const int thread = read_thread();
     constexpr int kCopies = Config::kBlockM / 4;
     const int64_t row = statistics_of(head, m_block) + thread % kCopies * 4;
@@ -294,125 +314,186 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     }
   };
 
-  float acc_dk[kRowTiles][Config::kWarpColumns / 2], acc_dv[kRowTiles][Config::kWarpColumnsV / 2];
+  float acc_dk[kSumRowTiles][Config::kWarpColumns / 2], acc_dv[Config::kDoutParts][kSumRowTiles][Config::kWarpColumnsV / 2];
   clear(acc_dk);
-  clear(acc_dv);
-  static_assert(kRowTiles == 2);
-  Score score[kRowTiles] = {Score(params.score), Score(params.score)};
+#pragma unroll
+  for (auto& part : acc_dv) clear(part);
+  static_assert(kRowTiles <= 2);
+  Score score[2] = {Score(params.score), Score(params.score)};
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
     score[r].begin_item(params.score, sequence.k, work.index, work.head_kv,
                         work.n_block * Config::kBlockN + warp_key + 16 * r + acc_row(read_lane(), 0));
   }
 
+  float acc_s[kRowTiles][8 * kPairsS], acc_dp[kRowTiles][8 * kPairsS];
+  // S^T of a tile of queries, which lies in `stage`.
+  const auto compute_scores = [&](int stage, int lane) {
+    clear(acc_s);
+    const RowsA<Config::kBlockN> keys(shared_address(shared.k), warp_key, 0, lane);
+    const RowsB<Config::kBlockM> queries(shared_address(shared.q[stage]), warp_query, 0, lane);
+    multiply<Element, Config::kHeadDim / 16, kPairsS>(
+        acc_s, [&](auto& registers, int r, int step) { keys.load(registers, r, step); },
+        [&](auto& registers, int step, int pair) { queries.load(registers, pair, step); });
+  };
+  // dP^T += V dO^T, of a part of the columns.
+  const auto add_dp = [&](int stage, int part, int lane) {
+    const RowsA<Config::kBlockN> values(shared_address(shared.v), warp_key, part * Config::kPartColumns, lane);
+    const RowsB<Config::kBlockM> douts(shared_address(shared.dout[stage]), warp_query, 0, lane);
+    multiply<Element, Config::kPartColumns / 16, kPairsS>(
+        acc_dp, [&](auto& registers, int r, int step) { values.load(registers, r, step); },
+        [&](auto& registers, int step, int pair) { douts.load(registers, pair, step); });
+  };
+  const auto first_column_of = [&](int lane) { return warp_query + acc_first_col(lane); };  // of the thread, in the tile
+  const auto key_of = [&](int r, int lane) {                                                // of the thread's upper row
+    return work.n_block * Config::kBlockN + warp_key + 16 * r + acc_row(lane, 0);
+  };
+
+  // P^T = exp2(exponents), a column for each query.
+  const auto weigh = [&](const QueryVisit<Config>& visit, int stage, int r, int lane) {
+    const int first = visit.m_block * Config::kBlockM + first_column_of(lane), key = key_of(r, lane);
+    score[r].begin_head(params.score, work.index, visit.head);
+    score[r].exponents(acc_s[r], shared_address(&shared.lse_log2[stage][first_column_of(lane)]), first + sequence.diagonal - key);
+    if (visit.is_masked(work)) {
+      typename HiddenBits<8 * kPairsS>::Word hidden[2];
+      if constexpr (Config::Tiles::kListed) {
+        load_hidden<Config::kBlockM>(params.blocks, visit.tile(), /*direction=*/1, key % kMaskBlock, lane, hidden);
+        // A thread has two of eight queries.
+        hidden[0] >>= warp_query / 4;
+        hidden[1] >>= warp_query / 4;
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int my_key = key + 8 * half;
+          const bool exists = my_key < sequence.k.num_rows;
+          const int end = exists ? mask.rows_end(my_key, sequence) - first : 0;
+          hidden[half] = HiddenBits<8 * kPairsS>::outside(mask.rows_begin(my_key, sequence) - first, end);
+        }
+      }
+      hide_keys(acc_s[r], hidden);
+    }
+#pragma unroll
+    for (float& x : acc_s[r]) x = fast_exp2(x);
+    store_scores<Element, kPairsS, Config::kBlockN>(
+        score_place<Config::kBlockN>(p_tile, warp_key + 16 * r, warp_query, lane), acc_s[r]);
+  };
+
+  // dS^T = P^T (dP^T - delta), neighbouring queries pair by pair.
+  const auto differentiate = [&](const QueryVisit<Config>& visit, int stage, int r, int lane) {
+    const uint32_t lse = shared_address(&shared.lse_log2[stage][first_column_of(lane)]);
+    const uint32_t delta = shared_address(&shared.delta[stage][first_column_of(lane)]);
+    const int distance = visit.m_block * Config::kBlockM + first_column_of(lane) + sequence.diagonal - key_of(r, lane);
+    const auto with = [&](auto& of_row, auto softcap) {
+#pragma unroll
+      for (int i = 0; i < 8 * kPairsS; i += 4) {
+        const float2 delta_pair = load_shared_pair(delta + acc_col_offset(i) * 4);
+        float2 lse_pair{};
+        if constexpr (softcap) lse_pair = load_shared_pair(lse + acc_col_offset(i) * 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int j = i + 2 * half;
+          const float2 p{acc_s[r][j], acc_s[r][j + 1]};
+          float2 ds{p.x * (acc_dp[r][j] - delta_pair.x), p.y * (acc_dp[r][j + 1] - delta_pair.y)};
+          if constexpr (Score::kModifies) of_row.bias_sum[half] += ds.x + ds.y;
+          if constexpr (softcap) {
+            const float from = static_cast<float>(distance) + float(acc_col_offset(i) - 8 * half);
+            ds.x *= of_row.softcap_factor(p.x, lse_pair.x, half, from);
+            ds.y *= of_row.softcap_factor(p.y, lse_pair.y, half, from + 1.f);
+          }
+          acc_s[r][j] = ds.x;
+          acc_s[r][j + 1] = ds.y;
+        }
+      }
+    };
+    if constexpr (Score::kModifies) {
+      if (score[r].numbers.has_softcap()) {
+        with(score[r], std::true_type{});
+      } else {
+        with(score[r], std::false_type{});
+      }
+    } else {
+      with(score[r], std::false_type{});
+    }
+    store_scores<Element, kPairsS, Config::kBlockN>(
+        score_place<Config::kBlockN>(ds_tile, warp_key + 16 * r, Config::kGradientColumn + warp_query, lane), acc_s[r]);
+  };
+
+  // dV += P^T dO, of a part of the columns; load_p(registers, row tile, step).
+  const auto add_dv = [&](auto& acc, int stage, auto&& load_p, int lane) {
+    const ColumnsB<Config::kBlockM> douts(shared_address(shared.dout[stage]), 0, sum_column * Config::kWarpColumnsV, lane);
+    multiply<Element, Config::kBlockM / 16, Config::kWarpColumnsV / 16>(
+        acc, load_p, [&](auto& registers, int step, int pair) { douts.load(registers, step, pair); });
+  };
+  // dK += dS^T Q.
+  const auto add_dk = [&](int stage, int lane) {
+    const RowsA<Config::kBlockN> gradients(ds_tile, sum_key, Config::kGradientColumn, lane);
+    const ColumnsB<Config::kBlockM> queries(shared_address(shared.q[stage]), 0, sum_column * Config::kWarpColumns, lane);
+    multiply<Element, Config::kBlockM / 16, Config::kWarpColumns / 16>(
+        acc_dk, [&](auto& registers, int r, int step) { gradients.load(registers, r, step); },
+        [&](auto& registers, int step, int pair) { queries.load(registers, step, pair); });
+  };
+
   // One tile of queries, which lies in `stage`.
   const auto step = [&](const QueryVisit<Config>& visit, int stage) {
-    const int first_query = visit.m_block * Config::kBlockM;  // position
-    float acc_s[kRowTiles][8 * kPairsS], acc_dp[kRowTiles][8 * kPairsS];
-    clear(acc_s);
+    int lane = read_lane();
+    compute_scores(stage, lane);
     clear(acc_dp);
-    {
-      const int lane = read_lane();
-      const RowsA<Config::kBlockN> keys(shared_address(shared.k), warp_key, 0, lane);
-      const RowsB<Config::kBlockM> queries(shared_address(shared.q[stage]), warp_query, 0, lane);
-      multiply<Element, Config::kHeadDim / 16, kPairsS>(
-          acc_s, [&](auto& registers, int r, int step) { keys.load(registers, r, step); },
-          [&](auto& registers, int step, int pair) { queries.load(registers, pair, step); });
-      const RowsA<Config::kBlockN> values(shared_address(shared.v), warp_key, 0, lane);
-      const RowsB<Config::kBlockM> douts(shared_address(shared.dout[stage]), warp_query, 0, lane);
-      multiply<Element, Config::kHeadDimV / 16, kPairsS>(
-          acc_dp, [&](auto& registers, int r, int step) { values.load(registers, r, step); },
-          [&](auto& registers, int step, int pair) { douts.load(registers, pair, step); });
-    }
-
-    // P^T = exp2(exponents), a column for each query.
-    const int lane = read_lane();
-    const int first_column = warp_query + acc_first_col(lane);  // of the thread, in the tile
-    const uint32_t lse = shared_address(&shared.lse_log2[stage][first_column]);
-    const uint32_t delta = shared_address(&shared.delta[stage][first_column]);
-    const bool masked = visit.is_masked(work);
+    add_dp(stage, 0, lane);
+    lane = read_lane();
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int key = work.n_block * Config::kBlockN + warp_key + 16 * r + acc_row(lane, 0);  // of the thread's upper row
-      const int distance = first_query + first_column + sequence.diagonal - key;
-      score[r].begin_head(params.score, work.index, visit.head);
-      score[r].exponents(acc_s[r], lse, distance);
-      if (masked) {
-        typename HiddenBits<8 * kPairsS>::Word hidden[2];
-        if constexpr (Config::Tiles::kListed) {
-          load_hidden<Config::kBlockM>(params.blocks, visit.tile(), /*direction=*/1, key % kMaskBlock, lane, hidden);
-          // A thread has two of eight queries.
-          hidden[0] >>= warp_query / 4;
-          hidden[1] >>= warp_query / 4;
-        } else {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int my_key = key + 8 * half, first = first_query + first_column;
-            const bool exists = my_key < sequence.k.num_rows;
-            const int end = exists ? mask.rows_end(my_key, sequence) - first : 0;
-            hidden[half] = HiddenBits<8 * kPairsS>::outside(mask.rows_begin(my_key, sequence) - first, end);
-          }
-        }
-        hide_keys(acc_s[r], hidden);
-      }
-#pragma unroll
-      for (float& x : acc_s[r]) x = fast_exp2(x);
-      store_scores<Element, kPairsS, Config::kBlockN>(
-          score_place<Config::kBlockN>(shared_address(shared.p), warp_key + 16 * r, warp_query, lane), acc_s[r]);
-
-      // dS^T = P^T (dP^T - delta), neighbouring queries pair by pair.
-      const auto differentiate = [&](auto& of_row, auto softcap) {
-#pragma unroll
-        for (int i = 0; i < 8 * kPairsS; i += 4) {
-          const float2 delta_pair = load_shared_pair(delta + acc_col_offset(i) * 4);
-          float2 lse_pair{};
-          if constexpr (softcap) lse_pair = load_shared_pair(lse + acc_col_offset(i) * 4);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int j = i + 2 * half;
-            const float2 p{acc_s[r][j], acc_s[r][j + 1]};
-            float2 ds{p.x * (acc_dp[r][j] - delta_pair.x), p.y * (acc_dp[r][j + 1] - delta_pair.y)};
-            if constexpr (Score::kModifies) of_row.bias_sum[half] += ds.x + ds.y;
-            if constexpr (softcap) {
-              const float from = static_cast<float>(distance) + float(acc_col_offset(i) - 8 * half);
-              ds.x *= of_row.softcap_factor(p.x, lse_pair.x, half, from);
-              ds.y *= of_row.softcap_factor(p.y, lse_pair.y, half, from + 1.f);
-            }
-            acc_s[r][j] = ds.x;
-            acc_s[r][j + 1] = ds.y;
-          }
-        }
-      };
-      if constexpr (Score::kModifies) {
-        if (score[r].numbers.has_softcap()) {
-          differentiate(score[r], std::true_type{});
-        } else {
-          differentiate(score[r], std::false_type{});
-        }
-      } else {
-        differentiate(score[r], std::false_type{});
-      }
-      store_scores<Element, kPairsS, Config::kBlockN>(
-          score_place<Config::kBlockN>(shared_address(shared.ds), warp_key + 16 * r, warp_query, lane), acc_s[r]);
+      weigh(visit, stage, r, lane);
+      differentiate(visit, stage, r, lane);
     }
     __syncthreads();
+    const RowsA<Config::kBlockN> weights(p_tile, sum_key, 0, lane);
+    add_dv(acc_dv[0], stage, [&](auto& registers, int r, int step) { weights.load(registers, r, step); }, lane);
+    add_dk(stage, lane);
+  };
 
-    {
-      const int column = warp % Config::kWarpsPerGroup * Config::kWarpColumnsV;
-      const RowsA<Config::kBlockN> weights(shared_address(shared.p), warp_key, 0, lane);
-      const ColumnsB<Config::kBlockM> douts(shared_address(shared.dout[stage]), 0, column, lane);
-      multiply<Element, Config::kBlockM / 16, Config::kWarpColumnsV / 16>(
-          acc_dv, [&](auto& registers, int r, int step) { weights.load(registers, r, step); },
-          [&](auto& registers, int step, int pair) { douts.load(registers, step, pair); });
+  // The same with dO in parts, which pass through two tiles: a part's share of dP and dV, while the next one arrives. Q and the
+  // first part have arrived; at the end those of the next tile are on their way.
+  const auto sliced_step = [&](const QueryVisit<Config>& visit, const QueryVisit<Config>& next, bool more) {
+    const int lane = read_lane();
+    load_dout(visit.head, visit.m_block, 1, 1);
+    commit_copies();
+    compute_scores(0, lane);
+    clear(acc_dp);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) weigh(visit, 0, r, lane);
+    __syncthreads();
+    uint32_t p[Config::kBlockM / 16][kSumRowTiles][4];
+    const RowsA<Config::kBlockN> weights(p_tile, sum_key, 0, lane);
+#pragma unroll
+    for (int i = 0; i < Config::kBlockM / 16; ++i) {
+#pragma unroll
+      for (int r = 0; r < kSumRowTiles; ++r) weights.load(p[i][r], r, i);
     }
-    {
-      const int column = warp % Config::kWarpsPerGroup * Config::kWarpColumns;
-      const RowsA<Config::kBlockN> gradients(shared_address(shared.ds), warp_key, 0, lane);
-      const ColumnsB<Config::kBlockM> queries(shared_address(shared.q[stage]), 0, column, lane);
-      multiply<Element, Config::kBlockM / 16, Config::kWarpColumns / 16>(
-          acc_dk, [&](auto& registers, int r, int step) { gradients.load(registers, r, step); },
-          [&](auto& registers, int step, int pair) { queries.load(registers, step, pair); });
+#pragma unroll
+    for (int part = 0; part < Config::kDoutParts; ++part) {
+      if (part > 0) {
+        wait_for_copies<0>();
+        __syncthreads();
+        if (part + 1 < Config::kDoutParts) {
+          load_dout(visit.head, visit.m_block, (part + 1) % 2, part + 1);
+        } else if (more) {
+          load_dout(next.head, next.m_block, 0, 0);
+        }
+        commit_copies();
+      }
+      add_dp(part % 2, part, lane);
+      add_dv(acc_dv[part], part % 2, [&](auto& registers, int r, int step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) registers[i] = p[step][r][i];
+      }, lane);
     }
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) differentiate(visit, 0, r, lane);
+    __syncthreads();
+    add_dk(0, lane);
+    __syncthreads();  // every warp has read Q
+    if (more) load_queries(next.head, next.m_block, 0);
+    commit_copies();
   };
 
   // dQ of the tile whose dS^T lies in shared memory: added to the sum in memory.
@@ -423,20 +504,23 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     const int column = warp % Config::kDqColumnWarps * Config::kDqColumns;
     float acc_dq[kDqRowTiles][8 * kDqPairs];
     clear(acc_dq);
-    const ColumnsA<Config::kBlockN> gradients(shared_address(shared.ds), 0, row, lane);
+    const ColumnsA<Config::kBlockN> gradients(ds_tile, 0, Config::kGradientColumn + row, lane);
     const ColumnsB<Config::kBlockN> keys(shared_address(shared.k), 0, column, lane);
     multiply<Element, Config::kBlockN / 16, kDqPairs>(
         acc_dq, [&](auto& registers, int r, int step) { gradients.load(registers, step, r); },
         [&](auto& registers, int step, int pair) { keys.load(registers, step, pair); });
 
-    // 64 rows of a head are a row of blocks. The turns of the first block serve all of them.
+    // 64 rows of a head are a row of blocks. The turns of the first block serve all of them, or those of the first ones the
+    // tiles of queries that share it.
     const int64_t row_block = (statistics_of(visit.head, visit.m_block) + row) / kDqBlockRows;
+    const int first_in_block = visit.m_block * Config::kBlockM % kDqBlockRows;
     float* block = params.dq_blocks +
                    (row_block * Config::kDqColumnBlocks + column / kDqBlockColumns) * kDqBlockFloats +
-                   dq_scalar_offset(row % kDqBlockRows / 16 * 32 + lane, column % kDqBlockColumns / 2);
+                   dq_scalar_offset((first_in_block + row) % kDqBlockRows / 16 * 32 + lane, column % kDqBlockColumns / 2);
     int* turns = nullptr;
     if (params.dq_turns != nullptr) {
-      turns = params.dq_turns + statistics_of(visit.head, visit.m_block) / kDqBlockRows * Config::kDqColumnBlocks;
+      turns = params.dq_turns + statistics_of(visit.head, visit.m_block) / kDqBlockRows * Config::kDqColumnBlocks +
+              first_in_block / Config::kBlockM;
       // How many tiles of keys add to this tile of queries before this one.
       int turn;
       if constexpr (Config::Tiles::kListed) {
@@ -473,6 +557,7 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
                     rows_of(params.v, params.v_strides, sequence.k, work.head_kv) + int64_t{2} * first_key * params.v_strides.row,
                     2 * params.v_strides.row);
     load_queries(visit.head, visit.m_block, 0);
+    if constexpr (Config::kDoutParts > 1) load_dout(visit.head, visit.m_block, 0, 0);
     commit_copies();
     int stage = 0;
     bool more = true;
@@ -483,17 +568,18 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
       more = next.exists(params, work);
       wait_for_copies<0>();
       __syncthreads();
-      if constexpr (Config::kStages == 2) {
+      if constexpr (Config::kDoutParts > 1) {
+        sliced_step(visit, next, more);
+      } else if constexpr (Config::kStages == 2) {
         if (more) load_queries(next.head, next.m_block, stage ^ 1);
         commit_copies();
-      }
-      step(visit, stage);
-      if constexpr (Config::kStages == 1) {
+        step(visit, stage);
+        stage ^= 1;
+      } else {
+        step(visit, 0);
         __syncthreads();  // every warp has read Q and dO
         if (more) load_queries(next.head, next.m_block, 0);
         commit_copies();
-      } else {
-        stage ^= 1;
       }
       add_dq(visit);
       visit = next;
@@ -509,8 +595,8 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
     Element* first = static_cast<Element*>(gradient) + sequence.k.batch * strides.batch +
                      sequence.k.first_row * strides.row + work.head_kv * strides.head + first_column;
     constexpr int kColumns = 2 * std::extent_v<std::remove_reference_t<decltype(acc[0])>>;
-    for (int r = 0; r < kRowTiles; ++r) {
-      const int row_of_tile = first_key + warp_key + 16 * r;
+    for (int r = 0; r < kSumRowTiles; ++r) {
+      const int row_of_tile = first_key + sum_key + 16 * r;
       store_warp_rows<Element>(acc[r], staging, lane, min_of(num_columns - first_column, kColumns),
                                [&](int row_of_warp) -> Element* {
                                  const int row = row_of_tile + row_of_warp;
@@ -518,18 +604,22 @@ __device__ __forceinline__ void flash_bwd_sm80(const BwdParams& params) {
                                });
     }
   };
-  store(acc_dv, params.dv, params.dv_strides, params.head_dim_v, warp % Config::kWarpsPerGroup * Config::kWarpColumnsV);
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+  for (int part = 0; part < Config::kDoutParts; ++part) {
+    store(acc_dv[part], params.dv, params.dv_strides, params.head_dim_v,
+          part * Config::kPartColumns + sum_column * Config::kWarpColumnsV);
+  }
+#pragma unroll
+  for (int r = 0; r < kSumRowTiles; ++r) {
 #pragma unroll
     for (float& x : acc_dk[r]) x *= params.score.softmax_scale;
   }
-  store(acc_dk, params.dk, params.dk_strides, params.head_dim, warp % Config::kWarpsPerGroup * Config::kWarpColumns);
+  store(acc_dk, params.dk, params.dk_strides, params.head_dim, sum_column * Config::kWarpColumns);
 
   if constexpr (Score::kModifies) {
     if (params.dk_bias == nullptr) return;
     // The four threads of a row, then the warps that share the keys.
-    float* sums = reinterpret_cast<float*>(shared.ds);
+    float* sums = reinterpret_cast<float*>(shared.scores[Config::kScoreTiles - 1]);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
