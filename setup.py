@@ -41,6 +41,7 @@ OP_SOURCES = [
     "host/fwd.cpp",
     "host/bwd.cpp",
     "host/block_mask.cpp",
+    "host/jagged.cpp",
     "host/mask_blocks.cpp",
     "host/plan_kvcache.cpp",
     "host/append_kv.cpp",

@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(flash_ext, FLASH_EXT_DISPATCH_KEY, library) {
   library.impl("bwd_preprocess", TORCH_BOX(&flash_ext::bwd_preprocess));
   library.impl("fwd_block_mask", TORCH_BOX(&flash_ext::fwd_block_mask));
   library.impl("bwd_block_mask", TORCH_BOX(&flash_ext::bwd_block_mask));
+  library.impl("fwd_jagged", TORCH_BOX(&flash_ext::fwd_jagged));
+  library.impl("bwd_jagged", TORCH_BOX(&flash_ext::bwd_jagged));
   library.impl("mask_blocks", TORCH_BOX(&flash_ext::mask_blocks));
   library.impl("kvcache", TORCH_BOX(&flash_ext::kvcache));
   library.impl("append_kv", TORCH_BOX(&flash_ext::append_kv));

@@ -12,6 +12,7 @@ from .dispatch import Explanation, explain, supported
 from .env import FallbackWarning
 from .fp8 import attention_fp8_straight_through
 from .jagged import attention_dense_jagged, attention_jagged
+from .jagged_groups import JaggedGroups, jagged_groups
 from .kvcache import attention_with_kvcache
 from .kvcache_dispatch import CacheExplanation, explain_with_kvcache, supported_with_kvcache
 from .masks import document_mask, prefix_lm_mask, rcm_permutation, sliding_window_mask, tree_mask
@@ -30,6 +31,7 @@ __all__ = [
     "CacheExplanation",
     "Explanation",
     "FallbackWarning",
+    "JaggedGroups",
     "PackingCollator",
     "attention",
     "attention_dense_jagged",
@@ -46,6 +48,7 @@ __all__ = [
     "document_mask",
     "explain",
     "explain_with_kvcache",
+    "jagged_groups",
     "merge_attention",
     "prefix_lm_mask",
     "quantize_fp8",

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import MAX_HEAD_DIM
+from . import run
+from .arguments import MAX_HEAD_DIM, check_arguments
+from .call import Call
+from .jagged_groups import JaggedGroups
 from .varlen import attention_varlen
 
 
@@ -50,6 +53,8 @@ def attention_jagged(
     v: Tensor,
     offsets_q: Tensor | None = None,
     offsets_k: Tensor | None = None,
+    *,
+    groups: JaggedGroups | None = None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention within each row of jagged tensors; no padding is stored or computed.
@@ -60,6 +65,8 @@ def attention_jagged(
         k, v: likewise, with num_heads_kv heads, num_heads_kv dividing num_heads. k and v are jagged alike.
         offsets_q: (batch + 1) int32 or int64, where q is values: 0 and the running sum of the lengths. Lengths of 0 are legal.
         offsets_k: the same of k and v; offsets_q by default.
+        groups: of flash_ext.jagged_groups for these offsets: many rows shorter than 64 then share the kernels' tiles. Not with
+            window_size, nor with nested tensors that do not fill what their offsets own.
         options: those of flash_ext.attention_varlen without sequences: causal, softmax_scale (1 / sqrt(head_dim) by default),
             window_size, softcap, sinks, alibi_slopes, k_bias ((num_heads_kv, total_k) float32), return_lse, return_max_logit,
             deterministic, validate, backend.
@@ -78,11 +85,15 @@ def attention_jagged(
     rows_v = _jagged(name, "v", v, offsets_k)
     if rows_v.offsets is not rows_k.offsets and rows_v.offsets.shape != rows_k.offsets.shape:
         raise ValueError(f"{name}: k and v must be jagged alike, got {len(rows_k.offsets) - 1} and {len(rows_v.offsets) - 1} rows")
-    results = attention_varlen(
-        rows_q.values, rows_k.values, rows_v.values,
-        cu_seqlens_q=rows_q.offsets.int(), cu_seqlens_k=rows_k.offsets.int(),
-        seqused_q=_used(rows_q), seqused_k=_used(rows_k), **options,
-    )  # fmt: skip
+    packed = {
+        "cu_seqlens_q": rows_q.offsets.int(), "cu_seqlens_k": rows_k.offsets.int(),
+        "seqused_q": _used(rows_q), "seqused_k": _used(rows_k),
+    }  # fmt: skip
+    if groups is None:
+        results = attention_varlen(rows_q.values, rows_k.values, rows_v.values, **packed, **options)
+    else:
+        call = Call(rows_q.values, rows_k.values, rows_v.values, **packed, **options, function="attention_varlen")
+        results = _grouped(call, groups)
     if not q.is_nested:
         return results
 
@@ -90,6 +101,15 @@ def attention_jagged(
         return torch.nested.nested_tensor_from_jagged(out, rows_q.offsets, rows_q.lengths)
 
     return nested(results) if isinstance(results, Tensor) else (nested(results[0]), *results[1:])
+
+
+def _grouped(call: Call, groups: JaggedGroups) -> Tensor | tuple[Tensor, ...]:
+    if not isinstance(groups, JaggedGroups):
+        raise TypeError(f"attention_jagged: groups must be made by flash_ext.jagged_groups, got {type(groups).__name__}")
+    check_arguments(call)
+    if found := groups.violations(call):
+        raise ValueError("attention_jagged: " + "; ".join(found))
+    return run.results(call, groups)
 
 
 def _used(rows: _Jagged) -> Tensor | None:

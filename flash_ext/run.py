@@ -9,10 +9,14 @@ from torch.autograd import forward_ad
 from . import fp8, ops
 from .arguments import autocast, check_arguments
 from .call import Call
+from .jagged_groups import JaggedGroups
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, max_logit) of the op, differentiable. Raises what the public functions document."""
+def run(call: Call, groups: JaggedGroups | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, max_logit) of the op, differentiable. groups: of a packed call, short sequences that share tiles.
+
+    Raises what the public functions document.
+    """
     q, k, v = autocast(call.q, call.k, call.v)
     if q is not call.q or k is not call.k or v is not call.v:
         call = call._replace(q=q, k=k, v=v)
@@ -25,7 +29,9 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if call.q.dtype == fp8.FP8:
         return fp8.run(call)
-    if call.block_mask is None:
+    if groups is not None:
+        inputs, fwd = groups.inputs(call), torch.ops.flash_ext.fwd_jagged
+    elif call.block_mask is None:
         inputs, fwd = call.inputs(), torch.ops.flash_ext.fwd
     else:
         inputs, fwd = call.inputs_with_block_mask(), torch.ops.flash_ext.fwd_block_mask
@@ -42,9 +48,9 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return ops.call(fwd, *inputs, call.return_max_logit, deterministic, call.backend)
 
 
-def results(call: Call) -> Tensor | tuple[Tensor, ...]:
-    """run(call), as return_lse and return_max_logit ask for it."""
-    out, lse, max_logit = run(call)
+def results(call: Call, groups: JaggedGroups | None = None) -> Tensor | tuple[Tensor, ...]:
+    """run(call, groups), as return_lse and return_max_logit ask for it."""
+    out, lse, max_logit = run(call, groups)
     if call.return_lse:
         return (out, lse, max_logit) if call.return_max_logit else (out, lse)
     return (out, max_logit) if call.return_max_logit else out

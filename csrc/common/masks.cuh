@@ -11,9 +11,17 @@
 
 namespace flash_ext {
 
+// Rows [begin, end) of a packed tensor.
+struct alignas(8) Interval {
+  int begin;
+  int end;
+};
+
 struct MaskParams {
   int window_left;   // keys to the left of the diagonal; -1: all; at most kMaxWindow
   int window_right;  // to its right
+  const Interval* keys_of;     // (total_q), the keys that each query sees; neither end ever decreases; or null
+  const Interval* queries_of;  // (total_k), the queries that see each key, the same; or null
 };
 constexpr int kMaxWindow = (1 << 30) - 1;  // reaches across every sequence; sums of positions and windows stay ints
 
@@ -59,6 +67,31 @@ struct LocalMask {
   }
   FX_HOST_DEVICE constexpr int rows_end(int key, const Sequence& s) const {
     return clamp(key - s.diagonal + left + 1, 0, s.q.num_rows);
+  }
+};
+
+// Several short sequences taken as one: tables tell what of the whole each row sees. They are not trusted: nothing outside the
+// sequence is named.
+struct SegmentMask {
+  static constexpr bool kBeginMoves = true, kEndMoves = true;
+  const Interval* keys_of;
+  const Interval* queries_of;
+  FX_HOST_DEVICE constexpr explicit SegmentMask(const MaskParams& params) : keys_of(params.keys_of), queries_of(params.queries_of) {}
+  // Rows beyond the sequence, which stand for none, see what the last one sees.
+  FX_HOST_DEVICE static constexpr const Interval& entry(const Interval* table, int row, const RowRange& own) {
+    return table[own.first_row + clamp(row, 0, own.num_rows - 1)];
+  }
+  FX_HOST_DEVICE constexpr int visible_begin(int row, const Sequence& s) const {
+    return clamp(entry(keys_of, row, s.q).begin - s.k.first_row, 0, s.k.num_rows);
+  }
+  FX_HOST_DEVICE constexpr int visible_end(int row, const Sequence& s) const {
+    return clamp(entry(keys_of, row, s.q).end - s.k.first_row, 0, s.k.num_rows);
+  }
+  FX_HOST_DEVICE constexpr int rows_begin(int key, const Sequence& s) const {
+    return clamp(entry(queries_of, key, s.k).begin - s.q.first_row, 0, s.q.num_rows);
+  }
+  FX_HOST_DEVICE constexpr int rows_end(int key, const Sequence& s) const {
+    return clamp(entry(queries_of, key, s.k).end - s.q.first_row, 0, s.q.num_rows);
   }
 };
 

@@ -57,6 +57,19 @@ std::tuple<Tensor, Tensor, Tensor> fwd_block_mask(Tensor q, Tensor k, Tensor v, 
                                                   bool return_max_logit, bool deterministic,
                                                   std::optional<std::string> backend);
 
+#define FX_GROUPED_PARAMETERS                                                                                              \
+  Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor groups_q, Tensor groups_k, Tensor keys_of, Tensor queries_of,           \
+      std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, std::optional<Tensor> k_bias, double softmax_scale, \
+      bool causal, double softcap
+
+std::tuple<Tensor, Tensor, Tensor> fwd_jagged(Tensor q, Tensor k, Tensor v, FX_GROUPED_PARAMETERS, bool return_max_logit,
+                                              bool deterministic, std::optional<std::string> backend);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_jagged(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q,
+                                                              Tensor k, Tensor v, Tensor out, Tensor lse, FX_GROUPED_PARAMETERS,
+                                                              bool deterministic, int64_t wanted,
+                                                              std::optional<std::string> backend);
+
 // dq, dk, dv, dsinks, dk_bias
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
                                                                   Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,

@@ -49,6 +49,7 @@ bool device_runs(const DeviceInfo& device, int arch) {
 
 Mask mask_of(const FwdProblem& problem) {
   if (problem.block_mask) return Mask::k_blocks;
+  if (problem.grouped) return Mask::k_segments;
   const bool left = problem.window_left >= 0 && problem.window_left < problem.seqlen_k() - 1;
   const bool right = problem.window_right >= 0 && problem.window_right < problem.seqlen_q() - 1;
   if (left) return Mask::k_local;
@@ -82,9 +83,10 @@ bool forms_wanted(const Variant& row, int64_t wanted) {
 unsigned mismatches(const Variant& row, const FwdProblem& problem, const Wanted& wanted) {
   const auto covers = [](int largest, int64_t dim) { return dim <= largest && dim % 8 == 0; };
   const bool dims = covers(row.head_dim, problem.head_dim()) && covers(row.head_dim_v, problem.head_dim_v());
-  const bool lists = wanted.mask == Mask::k_blocks || row.mask == Mask::k_blocks;
-  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * (lists ? row.mask != wanted.mask : row.mask < wanted.mask) |
-         kScore * (row.score < wanted.score) | kGradients * !forms_wanted(row, problem.wanted);
+  const bool exactly = wanted.mask >= Mask::k_blocks || row.mask >= Mask::k_blocks;
+  const bool mask = exactly ? row.mask != wanted.mask : row.mask < wanted.mask;
+  return kDtype * (row.dtype != problem.dtype) | kHeadDim * !dims | kMask * mask | kScore * (row.score < wanted.score) |
+         kGradients * !forms_wanted(row, problem.wanted);
 }
 
 std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, const Wanted& wanted) {
@@ -97,7 +99,8 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
                       (dim % 8 != 0 || dim_v % 8 != 0 ? ": they must be multiples of 8" : ""));
   }
   if (mismatch & kMask) {
-    reasons.push_back(wanted.mask == Mask::k_blocks ? "no compiled kernel has a block_mask"
+    reasons.push_back(wanted.mask == Mask::k_blocks     ? "no compiled kernel has a block_mask"
+                      : wanted.mask == Mask::k_segments ? "no compiled kernel has groups"
                       : wanted.mask == Mask::k_local
                           ? "no compiled kernel has window_size (" + std::to_string(problem.window_left) + ", " +
                                 std::to_string(problem.window_right) + ")"

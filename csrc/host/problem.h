@@ -33,6 +33,7 @@ struct FwdProblem {
   int64_t wanted = kWantDq | kWantDk | kWantDv | kWantDsinks | kWantDkBias;  // of the backward
   bool sinks = false, alibi = false, k_bias = false, leftpad = false;
   bool block_mask = false;  // which keys are seen is told by lists, and causal and windows are part of them
+  bool grouped = false;     // packed: short sequences share a tile, and tables tell which keys are seen
   std::string backend;   // empty: the planner chooses
 
   bool packed() const { return num_sequences >= 0; }

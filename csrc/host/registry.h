@@ -26,8 +26,9 @@ enum class Op : uint8_t {
   k_fwd_fp8
 };
 
-// In the order of generality: a mask can stand in for every one before it; but k_blocks, which needs lists, for none.
-enum class Mask : uint8_t { k_none, k_full, k_causal, k_local, k_blocks };
+// In the order of generality: a mask can stand in for every one before it; but k_blocks, which needs lists, and
+// k_segments, which needs tables, for none.
+enum class Mask : uint8_t { k_none, k_full, k_causal, k_local, k_blocks, k_segments };
 
 // A modified score can stand in for a plain one.
 enum class Score : uint8_t { k_plain, k_modified };

@@ -154,7 +154,10 @@ void fill_attention_params(AttentionParams* params, const AttentionInputs& input
                        .leftpad = int_pointer(inputs.leftpad_k),
                        .num_rows = static_cast<int>(problem.seqlen_k())};
   const auto window = [](int64_t side) { return static_cast<int>(std::min<int64_t>(side, kMaxWindow)); };
-  params->mask = {.window_left = window(problem.window_left), .window_right = window(problem.window_right)};
+  params->mask = {.window_left = window(problem.window_left),
+                  .window_right = window(problem.window_right),
+                  .keys_of = reinterpret_cast<const Interval*>(int_pointer(inputs.keys_of)),
+                  .queries_of = reinterpret_cast<const Interval*>(int_pointer(inputs.queries_of))};
   const std::optional<Tensor>&slopes = inputs.alibi_slopes, &bias = inputs.k_bias;
   params->score = with_factors({
                    .softmax_scale = static_cast<float>(problem.softmax_scale),
@@ -171,7 +174,8 @@ void add_inputs(const OpMemory& memory, const AttentionInputs& inputs) {
   const std::pair<const std::optional<Tensor>&, const char*> all[] = {
       {inputs.cu_seqlens_q, "cu_seqlens_q"}, {inputs.cu_seqlens_k, "cu_seqlens_k"}, {inputs.seqused_q, "seqused_q"},
       {inputs.seqused_k, "seqused_k"},       {inputs.leftpad_q, "leftpad_q"},       {inputs.leftpad_k, "leftpad_k"},
-      {inputs.sinks, "sinks"},               {inputs.alibi_slopes, "alibi_slopes"}, {inputs.k_bias, "k_bias"}};
+      {inputs.sinks, "sinks"},               {inputs.alibi_slopes, "alibi_slopes"}, {inputs.k_bias, "k_bias"},
+      {inputs.keys_of, "keys_of"},           {inputs.queries_of, "queries_of"}};
   for (const auto& [tensor, name] : all) {
     if (tensor) memory.add(*tensor, MemoryRole::kIn, name);
   }

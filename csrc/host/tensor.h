@@ -28,6 +28,7 @@ struct AttentionInputs {
   int64_t window_left, window_right;
   double softcap;
   std::vector<int64_t> split_boundaries;
+  std::optional<Tensor> keys_of = {}, queries_of = {};  // of grouped sequences, see MaskParams
 };
 
 TensorLayout layout_of(const Tensor& tensor);  // packed (total, num_heads, head_dim): as a batch of 1

@@ -46,8 +46,10 @@ def _bwd_sm90() -> list[Variant]:
         for dtype in DTYPES
         for (head_dim, head_dim_v), tile in BWD_SM90_TILES.items()
         for mask, scored in (
-            ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
+            ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True),
+            ("segments", False),
         )
+        if mask != "segments" or (head_dim, head_dim_v) in ((64, 64), (128, 128))
         # Modified scores of (192, 128) would spill in that tile; the row for (192, 192) takes them.
         if not (scored and (head_dim, head_dim_v) == (192, 128))
     ]  # fmt: skip

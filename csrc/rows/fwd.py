@@ -49,6 +49,9 @@ FWD_SM90_TILES |= {
     (192, 192, "blocks_scored"): (128, 64),
     (256, 256, "blocks"): (128, 64),
     (256, 256, "blocks_scored"): (128, 64),
+    # Groups of short sequences, of head_dims that such have.
+    (64, 64, "segments"): (128, 128),
+    (128, 128, "segments"): (128, 128),
 }
 
 

@@ -12,7 +12,7 @@ CXX_SCALAR_TYPE = {
     "bf16": "ScalarType::kBFloat16", "fp16": "ScalarType::kFloat16", "f32": "ScalarType::kFloat32", "": "ScalarType::kBool",
     "e4m3": "ScalarType::kFloat8E4m3",
 }  # fmt: skip
-CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask", "blocks": "BlockMask"}
+CXX_MASK = {"full": "FullMask", "causal": "CausalMask", "local": "LocalMask", "blocks": "BlockMask", "segments": "SegmentMask"}
 CXX_SCORE = {False: "PlainScore", True: "ModifiedScore"}
 
 

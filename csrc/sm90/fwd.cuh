@@ -59,6 +59,9 @@ template <class Mask, class Score>
 struct FwdTile<256, 256, Mask, Score> : TileSizes<128, 80, 2, 1> {};
 template <class Score>
 struct FwdTile<256, 256, LocalMask, Score> : TileSizes<128, 64, 2, 1> {};
+// A tile holds a whole group of short sequences, queries and keys.
+template <>
+struct FwdTile<64, 64, SegmentMask, PlainScore> : TileSizes<128, 128, 4, 2> {};
 // Tiles of listed blocks divide a block of the mask.
 template <>
 struct FwdTile<64, 64, BlockMask, PlainScore> : TileSizes<128, 128, 4, 2> {};

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import flash_ext
-from flash_ext import attention_dense_jagged, attention_jagged
+from flash_ext import attention_dense_jagged, attention_jagged, jagged_groups
 
 LENGTHS = {"plain": (3, 0, 130, 7), "empty_ends": (0, 5, 0), "none": (0, 0), "huge_and_tiny": (300, *(1 for _ in range(20)))}
 
@@ -159,3 +159,82 @@ VALUES = torch.zeros(5, 2, 16)
 def test_bad_input(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+GROUPED = {
+    **LENGTHS,
+    "short": (20,) * 40,
+    "exact": (128, 1, 127, 0, 0, 1, 64, 64, 65, 63, 300, 5),
+    "single_tokens": (1,) * 300,
+}
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("unlike", (False, True))
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups(name: str, unlike: bool, causal: bool) -> None:
+    """Greedy, by its definition; tables by theirs; and the call is the same with and without."""
+    lengths = GROUPED[name]
+    lengths_k = tuple(max(0, (n * 7 + 3) % 90) for n in lengths) if unlike else lengths
+    edges, edges_k = offsets_of(lengths), offsets_of(lengths_k)
+    total, total_k = sum(lengths), sum(lengths_k)
+    groups = jagged_groups(edges, edges_k, total_q=total, total_k=total_k, causal=causal)
+    begins, i = [0], 0
+    while i < len(lengths):
+        j = i + 1
+        while j < len(lengths) and edges[j + 1] - edges[i] <= 128 and edges_k[j + 1] - edges_k[i] <= 128:
+            j += 1
+        begins.append(i := j)
+    for found, of in ((groups.groups_q, edges), (groups.groups_k, edges_k)):
+        wanted = [of[i].item() for i in begins]
+        assert found.dtype == torch.int32 and found.tolist() == wanted + [of[-1].item()] * (len(found) - len(wanted))
+    for b, (n, n_k) in enumerate(zip(lengths, lengths_k, strict=True)):
+        keep = torch.ones(n, n_k, dtype=torch.bool).tril(n_k - n if causal else n_k)
+        for t in range(n):
+            begin, end = (groups.keys_of[edges[b] + t] - edges_k[b]).tolist()
+            assert torch.equal(keep[t].nonzero()[:, 0], torch.arange(begin, end)) and 0 <= begin <= end <= n_k
+        for t in range(n_k):
+            begin, end = (groups.queries_of[edges_k[b] + t] - edges[b]).tolist()
+            assert torch.equal(keep[:, t].nonzero()[:, 0], torch.arange(begin, end)) and 0 <= begin <= end <= n
+    q, k, v = values(total, 4, 16, 0).requires_grad_(), values(total_k, 2, 16, 1), values(total_k, 2, 24, 2)
+    out, lse = attention_jagged(q, k, v, edges, edges_k, causal=causal, groups=groups, return_lse=True)
+    plain, plain_lse = attention_jagged(q, k, v, edges, edges_k, causal=causal, return_lse=True)
+    assert torch.equal(out, plain) and torch.equal(lse, plain_lse)
+    assert torch.equal(*(torch.autograd.grad(o.sum(), q)[0] for o in (out, plain)))
+
+
+def test_groups_under_compile() -> None:
+    edges = offsets_of(GROUPED["short"])
+    q, k, v = (values(800, 2, 16, seed) for seed in range(3))
+    groups = jagged_groups(edges, total_q=800)
+    compiled = torch.compile(lambda *t: attention_jagged(*t, edges, groups=groups), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), attention_jagged(q, k, v, edges))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    (
+        (lambda: jagged_groups([0, 5], total_q=5), TypeError, "offsets_q must be a torch.Tensor, got list"),
+        (lambda: jagged_groups(torch.zeros(2), total_q=5), ValueError, r"offsets_q must be int32 or int64 of shape \(batch \+ 1\)"),
+        (lambda: jagged_groups(offsets_of((5,)), total_q=5.0), TypeError, "total_q must be an int, got float"),
+        (lambda: jagged_groups(offsets_of((5,)), total_q=-1), ValueError, "total_q must be at least 0, got -1"),
+        (lambda: jagged_groups(offsets_of((5,)), offsets_of((5, 2)), total_q=5, total_k=7), ValueError, "one shape and device"),
+    ),
+)
+def test_wrong_arguments_of_groups(make, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_groups_of_another_call() -> None:
+    edges = offsets_of((3, 4))
+    q, k, v = (values(7, 2, 16, seed) for seed in range(3))
+    groups = jagged_groups(edges, total_q=7)
+    with pytest.raises(ValueError, match="causal must be what groups were made for, got True and False"):
+        attention_jagged(q, k, v, edges, groups=groups, causal=True)
+    with pytest.raises(ValueError, match="groups were made for 7 rows of q in 2 sequences, got 7 in 1"):
+        attention_jagged(q, k, v, offsets_of((7,)), groups=groups)
+    with pytest.raises(ValueError, match=r"window_size must be \(-1, -1\) with groups, got \(3, 0\)"):
+        attention_jagged(q, k, v, edges, groups=groups, window_size=(3, 0))
+    with pytest.raises(TypeError, match=r"groups must be made by flash_ext\.jagged_groups, got int"):
+        attention_jagged(q, k, v, edges, groups=5)
