@@ -138,7 +138,7 @@ void bind_kvcache_plan(py::module_& m) {
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k_cache,
          const PyLayout& v_cache, const std::optional<PyLayout>& k, const std::optional<PyLayout>& v, int64_t pages,
          bool leftpad, int64_t rotary_dim, bool causal, int64_t window_left, int64_t window_right, bool modified_score,
-         double softmax_scale, int64_t num_splits, const std::string& backend) {
+         double softmax_scale, int64_t num_splits, const std::string& backend, bool shared_values) {
         const DeviceInfo info = device_info_from_name(device);
         const TensorLayout new_k = layout_from_python(k.value_or(q)), new_v = layout_from_python(v.value_or(q));
         const TensorLayout keys = layout_from_python(k_cache);
@@ -149,6 +149,7 @@ void bind_kvcache_plan(py::module_& m) {
                                    .paged = pages >= 0,
                                    .leftpad = leftpad,
                                    .appends = k.has_value(),
+                                   .shared_values = shared_values,
                                    .capacity = keys.sizes[1] * (pages >= 0 ? pages : 1),
                                    .rotary_dim = rotary_dim,
                                    .window_left = window_left,
@@ -175,10 +176,12 @@ void bind_kvcache_plan(py::module_& m) {
         result["copies"] = report.copies;
         return result;
       },
-      "The plan of a call over a KV cache; pages: of a sequence, -1 for a dense cache; k and v: the rows to append.",
+      "The plan of a call over a KV cache; pages: of a sequence, -1 for a dense cache; k and v: the rows to append; "
+      "shared_values: v_cache is the first columns of k_cache.",
       py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"),
       py::arg("v"), py::arg("pages"), py::arg("leftpad"), py::arg("rotary_dim"), py::arg("causal"), py::arg("window_left"),
-      py::arg("window_right"), py::arg("modified_score"), py::arg("softmax_scale"), py::arg("num_splits"), py::arg("backend"));
+      py::arg("window_right"), py::arg("modified_score"), py::arg("softmax_scale"), py::arg("num_splits"), py::arg("backend"),
+      py::arg("shared_values"));
 }
 
 PYBIND11_MODULE(_host, m) {

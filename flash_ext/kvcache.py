@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import env, ops, reference_kvcache
-from .kvcache_arguments import check_arguments, check_values
+from .kvcache_arguments import check_arguments, check_values, require_values
 from .reference_kvcache import Scoring, accumulation_dtype
 
 _SCHEMA = (
@@ -76,10 +76,11 @@ def attention_with_kvcache(
         k_cache: (batch_cache, seqlen, num_heads_kv, head_dim), or with page_table (num_pages, page_size, num_heads_kv,
             head_dim); dtype and device of q. Any page size and any strides with a contiguous last dimension, such as a cache
             whose pages interleave layers. Kernels want strides that are multiples of 16 bytes.
-        v_cache: the same with head_dim_v; may share k_cache's memory, as k_cache[..., :512] does for absorbed multi-head latent
-            attention (then append by hand, or give v as the same columns of k).
+        v_cache: the same with head_dim_v. For absorbed multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; head_dim 576,
+            head_dim_v 512) it is k_cache[..., :512], a view: rows are then read once. Kernels with head_dim above 256 want that.
         k: (batch, seqlen_new, num_heads_kv, head_dim), rows to append, or None.
-        v: (batch, seqlen_new, num_heads_kv, head_dim_v), or None.
+        v: (batch, seqlen_new, num_heads_kv, head_dim_v), or None. Where v_cache is the first columns of k_cache, v may be None,
+            and k's rows bring it along; if given it takes the place of their first columns.
         cache_seqlens: rows of each sequence in the cache before the call, (batch,) int32, or one int for all.
         cache_batch_idx: (batch,) int32, the sequence of the dense cache that each q belongs to; default 0, 1, 2, ...
         leftpad_k: (batch,) int32, rows at the start of each sequence that are no keys. Masks count from behind them, rotary
@@ -166,7 +167,9 @@ def _reference(
                 q = reference_kvcache.rotate(q, start + rows, rotary_cos, rotary_sin, rotary_interleaved)
                 rows = torch.arange(k.shape[1], device=q.device)
                 k = reference_kvcache.rotate(k, start + rows, rotary_cos, rotary_sin, rotary_interleaved)
-            reference_kvcache.append(before, ((k, k_cache), (v, v_cache)))
+            require_values(k_cache, v_cache, v)
+            # Where v_cache is columns of k_cache, v's replace k's.
+            reference_kvcache.append(before, ((k, k_cache),) if v is None else ((k, k_cache), (v, v_cache)))
             # From the clamped length: a negative one counts as 0.
             after = reference_kvcache.Cache.of(k_cache, before.length + k.shape[1], page_table, cache_batch_idx)
         scoring = Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap)

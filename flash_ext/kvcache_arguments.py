@@ -88,6 +88,25 @@ class _Shapes:
             self.found.append(f"{name} must have shape {text}, got {tuple(tensor.shape)}")
 
 
+def shares_rows(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether v_cache is k_cache[..., :head_dim_v]: the first columns of its rows, in its memory. Not known while compiling."""
+    if k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:3] != v_cache.shape[:3] or v_cache.shape[3] > k_cache.shape[3]:
+        return False
+    strides = all(size <= 1 or a == b for size, a, b in zip(k_cache.shape[:3], k_cache.stride(), v_cache.stride(), strict=False))
+    if not strides or k_cache.storage_offset() != v_cache.storage_offset():
+        return False
+    return torch._C._is_alias_of(k_cache, v_cache)
+
+
+_VALUES_NEEDED = "k and v must be given together, unless v_cache is k_cache[..., :head_dim_v] and k brings v along"
+
+
+def require_values(k_cache: Tensor, v_cache: Tensor, v: Tensor | None) -> None:
+    """The rule about v that cannot be checked while compiling."""
+    if v is None and not shares_rows(k_cache, v_cache):
+        raise ValueError(f"{NAME}: {_VALUES_NEEDED}")
+
+
 def check_arguments(q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, optional: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise TypeError (a wrong Python type) or ValueError (everything else) that lists every violated rule.
 
@@ -121,8 +140,8 @@ def _tensor_violations(
             shapes.found.append(f"{name}.dtype must equal q.dtype, got {tensor.dtype} and {q.dtype}")
         if tensor.device != q.device:
             shapes.found.append(f"{name}.device must equal q.device, got {tensor.device} and {q.device}")
-    if (k is None) != (v is None):
-        shapes.found.append("k and v must be given together")
+    if (k is None) != (v is None) and (k is None or not (torch.compiler.is_compiling() or shares_rows(k_cache, v_cache))):
+        shapes.found.append(_VALUES_NEEDED)
     for name in _INDEX_TENSORS:
         if isinstance(optional[name], Tensor):
             shapes.alike(name, optional[name], q, (torch.int32,))
@@ -147,19 +166,22 @@ def _tensor_violations(
             shapes.found.append(f"{name}.num_heads must be at least 1, got {tensor.shape[2]}")
     if _certain(k_cache.shape[2] >= 1) and _certain(num_heads % k_cache.shape[2] != 0):
         shapes.found.append(f"q.num_heads must be a multiple of k_cache.num_heads_kv, got {num_heads} and {k_cache.shape[2]}")
-    if k is not None and v is not None:
+    if k is not None:
         for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            if new is None:
+                continue
             shapes.equal(f"{name}.batch", new.shape[0], "q.batch", batch)
             shapes.equal(f"{name}.num_heads", new.shape[2], f"{name}_cache.num_heads_kv", cache.shape[2])
             shapes.equal(f"{name}.head_dim", new.shape[3], f"{name}_cache.head_dim", cache.shape[3])
-        shapes.equal("v.seqlen", v.shape[1], "k.seqlen", k.shape[1])
+        if v is not None:
+            shapes.equal("v.seqlen", v.shape[1], "k.seqlen", k.shape[1])
 
     for name in ("cache_seqlens", "cache_batch_idx", "leftpad_k"):
         if isinstance(optional[name], Tensor):
             shapes.vector(name, optional[name], (batch,), f"(batch,) = ({batch},)")
     if paged:
         shapes.vector("page_table", optional["page_table"], (batch, None), f"(batch, pages) = ({batch}, ...)")
-    _rotary_violations(shapes, q, k, optional["rotary_cos"], optional["rotary_sin"])
+    _rotary_violations(shapes, q, k, v, optional["rotary_cos"], optional["rotary_sin"])
     sinks, slopes = optional["sinks"], optional["alibi_slopes"]
     if sinks is not None:
         shapes.alike("sinks", sinks, q, (torch.float32,))
@@ -171,7 +193,9 @@ def _tensor_violations(
     return shapes.found
 
 
-def _rotary_violations(shapes: _Shapes, q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:
+def _rotary_violations(
+    shapes: _Shapes, q: Tensor, k: Tensor | None, v: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> None:
     if (cos is None) != (sin is None):
         shapes.found.append("rotary_cos and rotary_sin must be given together")
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
@@ -193,6 +217,8 @@ def _rotary_violations(shapes: _Shapes, q: Tensor, k: Tensor | None, cos: Tensor
             shapes.found.append(f"rotary_sin.dtype must equal rotary_cos.dtype, got {sin.dtype} and {cos.dtype}")
     if (cos is not None or sin is not None) and k is None:
         shapes.found.append("rotary_cos and rotary_sin need k and v: keys in the cache are rotated already")
+    elif (cos is not None or sin is not None) and v is None:
+        shapes.found.append("rotary_cos and rotary_sin need v: without it they would turn the values, the first columns of k")
 
 
 def _option_violations(q: Tensor, options: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import dispatch, reference_kvcache
 from .arguments import BACKENDS
 from .kvcache import attention_with_kvcache
-from .kvcache_arguments import NAME, check_arguments
+from .kvcache_arguments import NAME, check_arguments, shares_rows
 
 _OPTIONAL = (
     "cache_seqlens", "cache_batch_idx", "leftpad_k", "page_table", "rotary_cos", "rotary_sin", "sinks", "alibi_slopes",
@@ -88,6 +88,7 @@ def _plan(device: str, call: dict[str, Any], backend: str) -> dict[str, Any]:
         **{name: layout(call[name]) for name in _TENSORS},
         pages=-1 if table is None else table.shape[1],
         leftpad=call["leftpad_k"] is not None,
+        shared_values=shares_rows(call["k_cache"], call["v_cache"]),
         rotary_dim=0 if cos is None else 2 * cos.shape[1],
         causal=call["causal"],
         window_left=call["window_size"][0],

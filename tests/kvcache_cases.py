@@ -42,6 +42,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # causal, window_size, softcap, softmax_scale, num_splits
     sinks: bool = False
     alibi: bool = False
+    shared: bool = False  # v_cache is k_cache[..., :head_dim_v], and new rows come as k alone
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class Case:
         parts += [self.rotary + (str(self.rotary_dim) if self.rotary_dim else "")] * (self.rotary != "none")
         parts += [f"{key}{value}".replace(" ", "") for key, value in self.options.items()]
         parts += ["leftpad"] * (self.leftpad is not None) + ["batch_idx"] * (self.batch_idx is not None)
-        return "_".join(parts + ["sinks"] * self.sinks + ["alibi"] * self.alibi)
+        return "_".join(parts + ["sinks"] * self.sinks + ["alibi"] * self.alibi + ["shared"] * self.shared)
 
     @property
     def batch(self) -> int:
@@ -103,7 +104,7 @@ def build(case: Case, device: Any, dtype: torch.dtype) -> dict[str, Any]:
     made["k_cache"], made["v_cache"] = caches
     if case.seqlen_new is not None:
         made["k"] = normal(case.batch, case.seqlen_new, case.num_heads_kv, case.head_dim).to(dtype)
-        made["v"] = normal(case.batch, case.seqlen_new, case.num_heads_kv, head_dim_v).to(dtype)
+        made["v"] = None if case.shared else normal(case.batch, case.seqlen_new, case.num_heads_kv, head_dim_v).to(dtype)
     made["cache_seqlens"] = torch.tensor(case.lengths, dtype=torch.int32)
     made["page_table"], made["cache_batch_idx"] = page_table, batch_idx
     if case.leftpad is not None:
@@ -121,7 +122,8 @@ def build(case: Case, device: Any, dtype: torch.dtype) -> dict[str, Any]:
     if case.alibi:
         made["alibi_slopes"] = normal(case.num_heads).float().abs() / 8
     made.update(case.options)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+    made = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+    return {**made, "v_cache": made["k_cache"][..., :head_dim_v]} if case.shared else made
 
 
 def slot(case: Case, page_table: Tensor | None, batch_idx: Tensor | None, b: int, j: int) -> tuple[int, int]:
@@ -169,7 +171,10 @@ def expected(case: Case, made: dict[str, Any], dtype: torch.dtype) -> Truth:
             rotated = _rotated(made["k"][b].to(dtype), length, 1, made).to(stored)
             for i in range(new):
                 block, row = slot(case, made["page_table"], made["cache_batch_idx"], b, length + i)
-                k_cache[block, row], v_cache[block, row] = rotated[i], made["v"][b, i]
+                k_cache[block, row] = rotated[i]
+                v_cache[block, row] = rotated[i, :, : v_cache.shape[3]] if made["v"] is None else made["v"][b, i]
+                if case.shared:
+                    k_cache[block, row, :, : v_cache.shape[3]] = v_cache[block, row]
     for b, length in enumerate(case.lengths):
         start, total = (case.leftpad[b] if case.leftpad else 0), length + new
         places = [slot(case, made["page_table"], made["cache_batch_idx"], b, j) for j in range(start, total)]
@@ -242,6 +247,30 @@ def check_case(case: Case, device: Any, dtype: torch.dtype, **options: Any) -> t
     return out, lse
 
 
+def _latent_cases() -> list[Case]:
+    """Latent vectors: the values are the first columns of the keys. Rows of queries fill a tile of 64 by heads and positions."""
+
+    def latent(lengths: tuple[int, ...], num_heads: int, **fields: Any) -> Case:
+        return Case(
+            "latent", lengths, **{"head_dim": 576, "head_dim_v": 512, "num_heads_kv": 1, **fields}, num_heads=num_heads, shared=True
+        )
+
+    paged = ((128, 1, 64), (64, 1, 16), (3, 3, 1), (16, 4, 24), (24, 5, 128), (1, 1, 40))
+    return [
+        *(latent((70, 0, 133), heads) for heads in (16, 20)),
+        *(latent((70, 0, 133), n, seqlen_q=rows, seqlen_new=rows, page_size=page, page_gap=1) for n, rows, page in paged),
+        latent((70, 9), 6, num_heads_kv=2, head_dim=320, head_dim_v=256, seqlen_q=2, seqlen_new=2),
+        latent((70, 9), 4, seqlen_q=2, sinks=True, leftpad=(3, 9), page_size=16),
+        latent((70, 9), 4, batch_idx=(2, 0), leftpad=(66, 0), options={"softmax_scale": -0.1}),
+        latent((270, 9), 4, seqlen_q=3, page_size=64, options={"causal": False, "window_size": (100, 1)}),
+        latent((270, 300), 8, seqlen_q=70, seqlen_new=70, options={"causal": False}),
+        latent((0, 0), 4, capacity=32, sinks=True),
+        latent((0,), 4, options={"softmax_scale": 0.0}),
+        latent((70, 9), 6, num_heads_kv=2, head_dim=64, head_dim_v=48, seqlen_q=2, seqlen_new=2),
+        latent((70, 9), 4, options={"softcap": 2.0}),
+    ]
+
+
 def _named_cases() -> list[Case]:
     pages = (1, 3, 16, 64, 256)
     return [
@@ -303,6 +332,7 @@ def _named_cases() -> list[Case]:
         ),
         Case("mla", (70, 0, 33), num_heads=16, num_heads_kv=1, head_dim=576, head_dim_v=512, page_size=64),
         Case("mla_prefill", (0, 9), seqlen_q=20, seqlen_new=20, num_heads=4, num_heads_kv=4, head_dim=192, head_dim_v=128),
+        *_latent_cases(),
         Case("long", (1500, 700), seqlen_q=2, seqlen_new=2, num_heads=2, num_heads_kv=1, head_dim=32, page_size=64),
     ]
 

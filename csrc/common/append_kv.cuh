@@ -210,7 +210,7 @@ __device__ __forceinline__ void append_kv(const AppendKvParams& params) {
     return;
   }
   const KvPlace place = place_of(params.places, batch, length + row);
-  if (!place.exists) return;
+  if (!place.exists || (which == 0 && column < params.k_first_column)) return;
   const RowStrides& cache = which == 0 ? params.k_cache_strides : params.v_cache_strides;
   Element* target = static_cast<Element*>(which == 0 ? params.k_cache : params.v_cache) + place.block * cache.batch +
                     place.row * cache.row + head * cache.head + column;
@@ -221,7 +221,7 @@ __device__ __forceinline__ void append_kv(const AppendKvParams& params) {
 template <class Config, class Kernel>
 cudaError_t launch_append_kv(Kernel* kernel, AppendKvParams params, cudaStream_t stream) {
   const bool moves = params.k != nullptr && params.places.capacity > 0 && params.places.num_blocks > 0;
-  const int rows[] = {moves ? params.seqlen_new : 0, moves ? params.seqlen_new : 0,
+  const int rows[] = {moves ? params.seqlen_new : 0, moves && params.v != nullptr ? params.seqlen_new : 0,
                       params.q_out != nullptr ? params.seqlen_q : 0};
   const int heads[] = {params.num_heads_kv, params.num_heads_kv, params.num_heads};
   const int pieces[] = {params.head_dim / kPieceElements, params.head_dim_v / kPieceElements,

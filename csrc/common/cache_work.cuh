@@ -67,10 +67,12 @@ template <class Element>
 struct CacheOutput {
   const FwdCacheParams& params;
   const QueryTile& tile;
-  int first_row;  // of the warp, in the tile
+  int first_row;     // of the warp, in the tile
+  int first_column;  // of the accumulators, in a row
 
-  __device__ __forceinline__ CacheOutput(const FwdCacheParams& params, const QueryTile& tile, int first_row)
-      : params(params), tile(tile), first_row(first_row) {}
+  __device__ __forceinline__ CacheOutput(const FwdCacheParams& params, const QueryTile& tile, int first_row,
+                                         int first_column = 0)
+      : params(params), tile(tile), first_row(first_row), first_column(first_column) {}
 
   __device__ __forceinline__ int64_t partial_row(int row) const {
     return (int64_t(tile.part) * params.num_heads + tile.head(row)) * params.seqlens_q.num_rows + tile.position(row);
@@ -79,7 +81,10 @@ struct CacheOutput {
   template <int kNumAcc>
   __device__ __forceinline__ void store_rows(const float (&acc_o)[kNumAcc], uint32_t staging, int lane) {
     if (params.out_partial == nullptr) {
-      DenseOutput<Element>(params, tile, first_row).store_rows(acc_o, staging, lane);
+      DenseOutput<Element> dense(params, tile, first_row);
+      dense.out += first_column;
+      dense.num_columns -= first_column;
+      dense.store_rows(acc_o, staging, lane);
       return;
     }
     // The four threads of a row write 32 bytes together: whole sectors without staging.
@@ -87,10 +92,10 @@ struct CacheOutput {
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + acc_row(lane, half);
       if (!tile.holds(row)) continue;
-      float* out = params.out_partial + partial_row(row) * params.head_dim_v + acc_first_col(lane);
+      float* out = params.out_partial + partial_row(row) * params.head_dim_v + first_column + acc_first_col(lane);
 #pragma unroll
       for (int i = 2 * half; i < kNumAcc; i += 4) {
-        if (acc_col_offset(i) < params.head_dim_v) {
+        if (first_column + acc_col_offset(i) < params.head_dim_v) {
           asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(out + acc_col_offset(i)), "f"(acc_o[i]), "f"(acc_o[i + 1])
                        : "memory");
         }

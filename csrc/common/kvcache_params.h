@@ -12,7 +12,7 @@ struct AppendKvParams {
   const void* q;  // (batch, seqlen_q, num_heads, head_dim) bf16 or fp16; used where it is rotated
   void* q_out;    // the same shape, contiguous; null: q is not rotated
   const void* k;  // (batch, seqlen_new, num_heads_kv, head_dim); null: nothing is appended
-  const void* v;  // (batch, seqlen_new, num_heads_kv, head_dim_v)
+  const void* v;  // (batch, seqlen_new, num_heads_kv, head_dim_v); null: v_cache is the first columns of k_cache
   void* k_cache;  // (blocks, rows, num_heads_kv, head_dim)
   void* v_cache;  // (blocks, rows, num_heads_kv, head_dim_v)
   RowStrides q_strides, k_strides, v_strides, k_cache_strides, v_cache_strides;
@@ -27,6 +27,7 @@ struct AppendKvParams {
   int q_positions_move;      // row i of q stands at cache_seqlens + i, else every row at cache_seqlens
   KvPlaces places;
   int batch, seqlen_q, seqlen_new, num_heads, num_heads_kv, head_dim, head_dim_v;
+  int k_first_column;  // of k's rows, the columns before it are v's: the caches share them
   int* lengths;     // (batch) int32, out: rows of each sequence after the call
   int* part_begin;  // (batch + 1) int32, out: the first part of each sequence's keys, numbered over the batch; or null
   SplitProblem split;

@@ -84,6 +84,15 @@ void check_cache(const CacheTensors& cache, const Tensor& q) {
            "attention_with_kvcache: a sequence can have at most 2**30 rows, got ", pages * cache.k_cache.size(1));
 }
 
+bool shares_rows(const Tensor& k_cache, const Tensor& v_cache) {
+  if (k_cache.data_ptr() != v_cache.data_ptr() || v_cache.size(3) > k_cache.size(3)) return false;
+  for (int dim = 0; dim < 3; ++dim) {
+    const int64_t size = k_cache.size(dim);
+    if (size != v_cache.size(dim) || (size > 1 && k_cache.stride(dim) != v_cache.stride(dim))) return false;
+  }
+  return true;
+}
+
 KvPlaces places_of(const CacheTensors& cache) {
   const int rows = static_cast<int>(cache.k_cache.size(1));
   KvPlaces places{};
@@ -111,9 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_
   normalise_indices(&cache_seqlens, &cache_batch_idx, &leftpad_k, &page_table);
   const CacheTensors cache{k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, page_table};
   check_cache(cache, q);
-  FX_CHECK(k.has_value() == v.has_value() && rotary_cos.has_value() == rotary_sin.has_value(),
-           "append_kv: k and v, and rotary_cos and rotary_sin, come in pairs");
-  FX_CHECK(!rotary_cos || k, "append_kv: rotation needs new rows");
+  const bool shared = shares_rows(k_cache, v_cache);
+  FX_CHECK((v ? k.has_value() : !k || shared) && rotary_cos.has_value() == rotary_sin.has_value(),
+           "append_kv: rotary_cos and rotary_sin come in pairs, and k and v, unless v_cache is k_cache[..., :head_dim_v]");
+  FX_CHECK(!rotary_cos || (k && v), "append_kv: rotation needs new rows, of k alone");
   FX_CHECK(split.empty() || split.size() == 5, "append_kv: split must have 5 numbers, got ", split.size());
   for (const Tensor* tensor : {&k_cache, &v_cache}) {
     const char* reason = why_not_accessible(*tensor);
@@ -121,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_
   }
   const int64_t batch = q.size(0), seqlen_q = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
   if (k) {
-    for (const auto& [rows, target] : {std::pair{&*k, &k_cache}, std::pair{&*v, &v_cache}}) {
+    for (const auto& [rows, target] : {std::pair{&*k, &k_cache}, std::pair{v ? &*v : nullptr, &v_cache}}) {
+      if (rows == nullptr) continue;
       FX_CHECK(rows->dim() == 4 && rows->scalar_type() == q.scalar_type() && rows->size(0) == batch &&
                    rows->size(1) == k->size(1) && rows->size(2) == target->size(2) && rows->size(3) == target->size(3) &&
                    rows->get_device_index() == q.get_device_index() && rows->is_cuda() == q.is_cuda(),
@@ -138,12 +149,16 @@ std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_
   Tensor q_out = torch::stable::new_empty(q, rotary_cos ? q.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}));
   Tensor lengths = new_int32(q, batch), part_begin = new_int32(q, split.empty() ? 0 : batch + 1);
   if (k) {
-    k_rows = with_aligned_rows(*k), v_rows = with_aligned_rows(*v);
+    k_rows = with_aligned_rows(*k);
     memory.add(*k_rows, MemoryRole::kIn, "k");
-    memory.add(*v_rows, MemoryRole::kIn, "v");
-    params.k = k_rows->data_ptr(), params.v = v_rows->data_ptr();
-    params.k_strides = row_strides_of(*k_rows), params.v_strides = row_strides_of(*v_rows);
+    params.k = k_rows->data_ptr(), params.k_strides = row_strides_of(*k_rows);
     params.seqlen_new = static_cast<int>(k->size(1));
+  }
+  if (v) {
+    v_rows = with_aligned_rows(*v);
+    memory.add(*v_rows, MemoryRole::kIn, "v");
+    params.v = v_rows->data_ptr(), params.v_strides = row_strides_of(*v_rows);
+    if (shared) params.k_first_column = static_cast<int>(v->size(3));
   }
   if (rotary_cos) {
     FX_CHECK(rotary_cos->dim() == 2 && rotary_sin->dim() == 2 && rotary_cos->size(0) > 0 &&
@@ -167,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_
     params.num_positions = static_cast<int>(cos->size(0));
   }
   memory.add(k_cache, MemoryRole::kInOut, "k_cache");
-  memory.add(v_cache, MemoryRole::kInOut, "v_cache");
+  if (!shared) memory.add(v_cache, MemoryRole::kInOut, "v_cache");
   memory.add(cache_seqlens, MemoryRole::kIn, "cache_seqlens");
   if (cache_batch_idx) memory.add(*cache_batch_idx, MemoryRole::kIn, "cache_batch_idx");
   if (leftpad_k) memory.add(*leftpad_k, MemoryRole::kIn, "leftpad_k");

@@ -14,7 +14,8 @@ CacheCallReport report_of(const CacheProblem& problem, const CachePlan& plan, co
   if (plan.prepares) step(Op::k_append_kv);
   report.kernels.push_back(plan.variant->name);
   if (plan.max_parts > 0) step(Op::k_combine);
-  report.keys_by = plan.variant->op == Op::k_fwd_cache && plan.variant->arch == 90 ? "tma" : "gather";
+  const bool tma = plan.variant->op == Op::k_fwd_cache || plan.variant->op == Op::k_fwd_mla;
+  report.keys_by = tma && plan.variant->arch == 90 ? "tma" : "gather";
 
   constexpr int64_t kInt = sizeof(int), kFloat = sizeof(float);
   const auto bytes_of = [&](const TensorLayout& layout) {

@@ -27,6 +27,7 @@ CacheProblem problem_of(const CacheTensors& cache, const Tensor& q, const std::o
                        .paged = cache.page_table.has_value(),
                        .leftpad = cache.leftpad_k.has_value(),
                        .appends = k.has_value(),
+                       .shared_values = shares_rows(cache.k_cache, cache.v_cache),
                        .capacity = cache.k_cache.size(1) * (cache.page_table ? cache.page_table->size(1) : 1),
                        .rotary_dim = rotary_cos ? 2 * rotary_cos->size(1) : 0,
                        .window_left = window_left,
@@ -36,6 +37,15 @@ CacheProblem problem_of(const CacheTensors& cache, const Tensor& q, const std::o
                        .num_splits = num_splits,
                        .backend = backend};
   return problem;
+}
+
+FwdCacheLauncher find_forward(const Variant& variant) {
+  switch (variant.op) {
+    case Op::k_fwd_cache_gather: return find_fwd_cache_gather(variant.name);
+    case Op::k_fwd_mla: return find_fwd_mla(variant.name);
+    case Op::k_fwd_mla_gather: return find_fwd_mla_gather(variant.name);
+    default: return find_fwd_cache(variant.name);
+  }
 }
 
 }  // namespace
@@ -102,7 +112,7 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
     OpMemory memory;
     memory.add(q_rows, MemoryRole::kIn, "q");
     memory.add(k_cache, MemoryRole::kIn, "k_cache");
-    memory.add(v_cache, MemoryRole::kIn, "v_cache");
+    if (!problem.shared_values) memory.add(v_cache, MemoryRole::kIn, "v_cache");
     memory.add(lengths, MemoryRole::kIn, "lengths");
     if (parts) memory.add(part_begin, MemoryRole::kIn, "part_begin");
     if (cache_batch_idx) memory.add(*cache_batch_idx, MemoryRole::kIn, "cache_batch_idx");
@@ -152,9 +162,7 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
       params.lse_partial = static_cast<float*>(lse_partial.data_ptr());
     }
     const LaunchScope scope(q);
-    const FwdCacheLauncher launch = plan.variant->op == Op::k_fwd_cache ? find_fwd_cache(plan.variant->name)
-                                                                       : find_fwd_cache_gather(plan.variant->name);
-    FX_CUDA_CHECK(launch(params, scope.stream()), plan.variant->name);
+    FX_CUDA_CHECK(find_forward(*plan.variant)(params, scope.stream()), plan.variant->name);
   }
   if (parts) combine(out_partial, lse_partial, part_begin, sinks, out, lse);
   return {out, lse};

@@ -25,6 +25,9 @@ void check_cache(const CacheTensors& cache, const Tensor& q);
 void normalise_indices(Tensor* cache_seqlens, std::optional<Tensor>* cache_batch_idx, std::optional<Tensor>* leftpad_k,
                        std::optional<Tensor>* page_table);
 
+// Whether v_cache is k_cache[..., :head_dim_v].
+bool shares_rows(const Tensor& k_cache, const Tensor& v_cache);
+
 KvPlaces places_of(const CacheTensors& cache);
 
 // Why 16-byte accesses cannot reach the rows of a cache where they lie, or null. A cache is never copied.

@@ -37,6 +37,8 @@ AppendKvLauncher find_append_kv(std::string_view variant);
 CombineLauncher find_combine(std::string_view variant);
 FwdCacheLauncher find_fwd_cache(std::string_view variant);
 FwdCacheLauncher find_fwd_cache_gather(std::string_view variant);
+FwdCacheLauncher find_fwd_mla(std::string_view variant);
+FwdCacheLauncher find_fwd_mla_gather(std::string_view variant);
 FwdFp8Launcher find_fwd_fp8(std::string_view variant);
 QuantizeFp8Launcher find_quantize_fp8(std::string_view variant);
 

@@ -18,13 +18,18 @@ const char* name_of(int group) { return group == 90 ? "sm90" : "sm80"; }
 // sm_90a code runs on 9.0 alone; the sm80 group's PTX on everything from 8.0 up.
 bool device_runs(const DeviceInfo& device, int group) { return group == 90 ? device.arch == 90 : device.arch >= group; }
 
+// Above head_dim 256, only caches of latent vectors have rows: the values are the first columns of the keys.
+bool is_latent(const CacheProblem& problem) { return std::max(problem.q.sizes[3], problem.v_cache.sizes[3]) > 256; }
+
 // Rows of the sm80 group gather from pages of any size. On Hopper, pages whose rows divide a tile of keys, or are a multiple
 // of it, go by TMA, rows of eight at least (a swizzle period) and at most 32 pages a tile; padding on the left would shift
 // tiles against pages.
 Op op_for(const CacheProblem& problem, const Variant& row) {
-  if (row.arch != 90 || !problem.paged) return Op::k_fwd_cache;
+  const bool latent = is_latent(problem);
+  if (row.arch != 90 || !problem.paged) return latent ? Op::k_fwd_mla : Op::k_fwd_cache;
   const int64_t rows = problem.k_cache.sizes[1], keys = row.block_n;
   const bool by_tma = !problem.leftpad && (rows % keys == 0 || (rows % 8 == 0 && keys % rows == 0 && keys / rows <= 32));
+  if (latent) return by_tma ? Op::k_fwd_mla : Op::k_fwd_mla_gather;
   return by_tma ? Op::k_fwd_cache : Op::k_fwd_cache_gather;
 }
 
@@ -34,6 +39,10 @@ bool allows(const CacheProblem& problem, const DeviceInfo& device, int group) {
   return wanted && device_runs(device, group);
 }
 
+bool is_forward(Op op) {
+  return op == Op::k_fwd_cache || op == Op::k_fwd_cache_gather || op == Op::k_fwd_mla || op == Op::k_fwd_mla_gather;
+}
+
 // The row of a group with the fewest columns that covers the call, or null.
 const Variant* find_row(const CacheProblem& problem, int group) {
   // One row of queries sees every key to its left: the causal row serves it without a window on that side.
@@ -41,12 +50,11 @@ const Variant* find_row(const CacheProblem& problem, int group) {
   const bool causal = !bounded && (problem.window_right == 0 || problem.seqlen_q() <= 1);
   // The sm80 rows of plain scores fold the scale into the exponent, which needs it above zero.
   const bool folds = group == 90 || static_cast<float>(problem.softmax_scale) > 0;
-  const bool general = !causal || problem.modified_score || !folds;
-  const int64_t head_dim = std::max(problem.q.sizes[3], problem.v_cache.sizes[3]);
+  const bool general = !causal || problem.modified_score || !folds || is_latent(problem);
   const Variant* smallest = nullptr;
   for (const Variant& row : variants()) {
-    if ((row.op != Op::k_fwd_cache && row.op != Op::k_fwd_cache_gather) || row.arch != group) continue;
-    if (row.dtype != problem.dtype || row.head_dim < head_dim) continue;
+    if (!is_forward(row.op) || row.arch != group) continue;
+    if (row.dtype != problem.dtype || row.head_dim < problem.q.sizes[3] || row.head_dim_v < problem.v_cache.sizes[3]) continue;
     if ((row.mask == Mask::k_local) != general || row.op != op_for(problem, row)) continue;
     if (smallest == nullptr || row.head_dim < smallest->head_dim) smallest = &row;
   }
@@ -113,6 +121,12 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
       against(reason != nullptr, std::string(name) + ": " + (reason == nullptr ? "" : reason));
     }
   }
+  if (is_latent(problem)) {
+    against(runs && !allows(problem, device, 90), "head dims above 256 need compute capability 9.0");
+    against(!problem.shared_values,
+            "head dims above 256 need a v_cache that is k_cache[..., :head_dim_v], not memory of its own");
+    against(problem.modified_score, "no kernel takes softcap or alibi_slopes with head dims above 256");
+  }
   if (!plan.reasons.empty()) return plan;
 
   for (int group : kGroups) {
@@ -120,8 +134,8 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
   }
   const bool has_steps = plan_kvcache_step(Op::k_append_kv, problem.dtype, head_dim_v, device) != nullptr &&
                          plan_kvcache_step(Op::k_combine, problem.dtype, head_dim_v, device) != nullptr;
-  against(plan.variant == nullptr || !has_steps, "this build has no kernel for such a cache with head_dim " +
-                                                     std::to_string(std::max(head_dim, head_dim_v)));
+  against(plan.variant == nullptr || !has_steps, "this build has no kernel for such a cache with head dims " +
+                                                     std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
   if (plan.variant != nullptr) {
     plan.backend = name_of(plan.variant->arch);
     plan.heads_per_tile = shared_heads(problem, plan.variant->block_m);

@@ -14,6 +14,7 @@ struct CacheProblem {
   bool paged = false;
   bool leftpad = false;
   bool appends = false;
+  bool shared_values = false;  // v_cache is the first columns of k_cache's rows
   int64_t capacity = 0;     // rows that a sequence can have
   int64_t rotary_dim = 0;   // 0: no rotation
   int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal has become right = 0

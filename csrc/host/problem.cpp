@@ -34,6 +34,8 @@ const char* op_name(Op op) {
     case Op::k_combine: return "combine";
     case Op::k_fwd_cache: return "fwd_cache";
     case Op::k_fwd_cache_gather: return "fwd_cache_gather";
+    case Op::k_fwd_mla: return "fwd_mla";
+    case Op::k_fwd_mla_gather: return "fwd_mla_gather";
     case Op::k_quantize_fp8: return "quantize_fp8";
     case Op::k_fwd_fp8: return "fwd_fp8";
   }

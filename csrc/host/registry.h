@@ -22,6 +22,8 @@ enum class Op : uint8_t {
   k_combine,
   k_fwd_cache,
   k_fwd_cache_gather,
+  k_fwd_mla,
+  k_fwd_mla_gather,
   k_quantize_fp8,
   k_fwd_fp8
 };

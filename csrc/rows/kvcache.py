@@ -12,6 +12,10 @@ KERNELS = (
         for op in ("fwd_cache", "fwd_cache_gather")
     }
     | {
+        (op, "sm90"): Kernel(op, "sm90/fwd_mla.cuh", "FwdCacheParams", "sm90::flash_fwd_mla", "sm90::launch_fwd_mla")
+        for op in ("fwd_mla", "fwd_mla_gather")
+    }
+    | {
         ("fwd_cache", "sm80"): Kernel(
             "fwd_cache", "sm80/fwd_cache.cuh", "FwdCacheParams", "sm80::flash_fwd_cache", "sm80::launch_fwd_cache"
         )
@@ -52,6 +56,17 @@ def _fwd_cache_sm80() -> list[Variant]:
     return rows
 
 
+def _fwd_mla() -> list[Variant]:
+    """The forward over latent vectors, whose first columns are the values: one mask, the most general without a modified score."""
+    return [
+        Variant(
+            op, "sm90", dtype, 576, 512, "local", 64, 64,
+            f"sm90::MlaConfig<{CXX_ELEMENT[dtype]}, 576, 512, flash_ext::LocalMask, flash_ext::sm90::Mla{producer}Producer>",
+        )
+        for (op, producer), dtype in product((("fwd_mla", "Tma"), ("fwd_mla_gather", "Gather")), DTYPES)
+    ]  # fmt: skip
+
+
 def _steps() -> list[Variant]:
     rows = []
     for arch, dtype in product(ARCHITECTURES, DTYPES):
@@ -65,4 +80,4 @@ def _steps() -> list[Variant]:
 
 
 def rows() -> list[Variant]:
-    return [*_fwd_cache(), *_fwd_cache_sm80(), *_steps()]
+    return [*_fwd_cache(), *_fwd_cache_sm80(), *_fwd_mla(), *_steps()]

@@ -71,6 +71,8 @@ class Variant:
     @property
     def unit(self) -> str:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
+        if self.op.startswith("fwd_mla"):
+            return f"fwd_mla_{self.arch}_{self.dtype}"
         if self.op.startswith("fwd_cache"):
             return f"{self.op}_{self.arch}_{self.dtype}"
         if self.op == "fwd_fp8":

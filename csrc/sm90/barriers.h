@@ -20,6 +20,14 @@ enum class NamedBarrier : int {
   kQueryRead2,
 };
 
+// Of the forward over latent vectors, beside kQueryRewritten0.
+enum class LatentBarrier : int {
+  // The first consumer has written the weights of a tile and the factors of its rows: both wait for all of it (256).
+  kWeightsWritten = 1,
+  // The second consumer has used them: it arrives (128), the first one waits (128).
+  kWeightsUsed,
+};
+
 // The backward's, in kernels of their own.
 enum class BwdBarrier : int {
   // All consumers (256 threads) have written their part of dS (and P) of a tile.

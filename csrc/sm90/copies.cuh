@@ -12,10 +12,10 @@ namespace flash_ext::sm90 {
 
 constexpr int kThreadsPerWarpgroup = 128;
 
-// Rows [row, row + kRows) of a range of rows of one head, slab by slab. The range has the first of them.
+// Rows [row, row + kRows) of a range of rows of one head, slab by slab, from first_column on. The range has the first of them.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void load_rows(const TmaTensor& tensor, uint64_t* barrier, uint8_t* tile, const RowRange& range,
-                                          int row, int head, CacheHint hint) {
+                                          int row, int head, CacheHint hint, int first_column = 0) {
   int place = range.first_row + row, end = 0;
   if (tensor.ragged_rows != 0) {
     const int inside = min_of(kRows, range.num_rows - row);
@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_rows(const TmaTensor& tensor, uint64_t* bar
 #pragma unroll
   for (int slab = 0; slab < num_slabs(kColumns); ++slab) {
     tma_load(tensor.map, barrier, tile + slab * kRows * kSlabRowBytes,
-             {slab * kSlabColumns, place, head * tensor.head_step, range.batch * tensor.batch_step, end}, hint);
+             {first_column + slab * kSlabColumns, place, head * tensor.head_step, range.batch * tensor.batch_step, end}, hint);
   }
 }
 

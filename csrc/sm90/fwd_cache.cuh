@@ -87,11 +87,11 @@ struct CacheTmaLoader {
   __device__ __forceinline__ void before_waiting_for(uint64_t*, uint32_t) {}
   __device__ __forceinline__ void finish() {}
 
- private:
+ protected:
   template <int kColumns>
   __device__ __forceinline__ void load(const TmaTensor& tensor, RingBarriers<Config::kStages>& ring,
                                        RingState<Config::kStages>& state, uint8_t* tile, uint32_t bytes,
-                                       const QueryTile& queries, int first_row) {
+                                       const QueryTile& queries, int first_row, int first_column = 0) {
     uint64_t* full = &ring.full[state.stage];
     const RowRange& range = queries.sequence.k;
     if (elected) ring.begin_fill(state, bytes);
@@ -99,7 +99,9 @@ struct CacheTmaLoader {
     // Long contexts do not stay in L2, and nobody else reads a decoding step's keys.
     constexpr CacheHint kHint = CacheHint::kEvictFirst;
     if (params.places.page_table == nullptr) {
-      if (elected) load_rows<Config::kBlockN, kColumns>(tensor, full, tile, range, first_row, queries.head_kv, kHint);
+      if (elected) {
+        load_rows<Config::kBlockN, kColumns>(tensor, full, tile, range, first_row, queries.head_kv, kHint, first_column);
+      }
     } else {
       const int box = tensor.ragged_rows;  // rows of a copy: they lie in one page
       const int row = first_row + lane * box;
@@ -109,8 +111,8 @@ struct CacheTmaLoader {
 #pragma unroll
         for (int slab = 0; slab < num_slabs(kColumns); ++slab) {
           tma_load(tensor.map, full, tile + (slab * Config::kBlockN + lane * box) * kSlabRowBytes,
-                   {slab * kSlabColumns, box - inside, queries.head_kv * tensor.head_step, place.block * tensor.batch_step,
-                    place.row + inside},
+                   {first_column + slab * kSlabColumns, box - inside, queries.head_kv * tensor.head_step,
+                    place.block * tensor.batch_step, place.row + inside},
                    kHint);
         }
       }
@@ -147,10 +149,12 @@ struct CacheGatherLoader {
   uint32_t unsignalled[kLag] = {};  // full barriers, oldest first; 0: none
 
   __device__ __forceinline__ void load_k(const QueryTile& queries, int n_block) {
+    before_waiting_for(&shared.k_ring.empty[k_state.stage], k_state.phase ^ 1);
     load<Config::kHeadDim>(static_cast<const typename Config::Element*>(params.k), params.k_strides, params.head_dim,
                            shared.k_ring, k_state, shared.k[k_state.stage], queries, n_block);
   }
   __device__ __forceinline__ void load_v(const QueryTile& queries, int n_block) {
+    before_waiting_for(&shared.v_ring.empty[v_state.stage], v_state.phase ^ 1);
     load<Config::kHeadDimV>(static_cast<const typename Config::Element*>(params.v), params.v_strides, params.head_dim_v,
                             shared.v_ring, v_state, shared.v[v_state.stage], queries, n_block);
   }
@@ -159,7 +163,7 @@ struct CacheGatherLoader {
   }
   __device__ __forceinline__ void finish() { signal_all(); }
 
- private:
+ protected:
   __device__ __forceinline__ void signal_all() {
     cp_async_wait<0>();
     fence_async_proxy();
@@ -176,9 +180,7 @@ struct CacheGatherLoader {
                                        const QueryTile& queries, int n_block) {
     constexpr int kPieces = kColumns / 8, kRowsAtOnce = 32 / kPieces;
     static_assert(32 % kPieces == 0, "a pass of a warp covers whole rows");
-    uint64_t* empty = &ring.empty[state.stage];
-    before_waiting_for(empty, state.phase ^ 1);
-    mbarrier_wait(empty, state.phase ^ 1);
+    mbarrier_wait(&ring.empty[state.stage], state.phase ^ 1);
     // Lane i finds the place of the warp's row i; rows beyond the sequence become zeros.
     const RowRange& range = queries.sequence.k;
     const int first_row = warp * kRowsOfWarp;
