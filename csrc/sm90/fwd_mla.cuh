@@ -187,7 +187,7 @@ struct LatentHalf {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Config::kBlockN / 16; ++step) {
-      Wgmma<typename Config::Element, Config::kHalfColumns>::template ss<false, true>(
+      Wgmma<typename Config::Element, Config::kHalfColumns>::template ss<Major::kK, Major::kMn>(
           acc_o, k_major.at(kWeights + k_major_step(Config::kBlockM, step)), mn_major.at(v_step + mn_major_step(step)), true);
     }
     wgmma_commit();
