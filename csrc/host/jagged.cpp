@@ -67,6 +67,7 @@ Gradients bwd_jagged(std::optional<Tensor> dout, std::optional<Tensor> dlse, Ten
   FwdProblem problem = problem_from_inputs(inputs, backend);
   problem.grouped = true;
   problem.deterministic = deterministic;
+  problem.wanted = wanted;
   const DeviceInfo& device = device_info_of(q);
   const FwdPlan plan = plan_bwd(problem, device);
   if (plan.variant == nullptr) {
@@ -74,7 +75,7 @@ Gradients bwd_jagged(std::optional<Tensor> dout, std::optional<Tensor> dlse, Ten
                softmax_scale, causal, -1, -1, softcap, {}, deterministic, wanted, backend);
   }
   OpMemory memory;
-  return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, wanted, BlockListParams{}, memory);
+  return launch_bwd(dout, dlse, inputs, out, lse, problem, plan, device, BlockListParams{}, memory);
 }
 
 }  // namespace flash_ext
