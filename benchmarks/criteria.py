@@ -1,16 +1,18 @@
-"""What decoding must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
+"""What decoding and masks must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
 
 - share of the copy bandwidth: at least 0.85 where memory is the limit, that is where the ceilings say that the bytes take
   longer than the products, and at least SHORTEST_S: in less the launches, not the bytes, are the time.
 - speed over FlashAttention-3: at least 1.0 for every case that both computed.
 - pages of 16 rows over the dense cache: at most 1.05 times its time.
 
-Only times from a GPU are judged.
+The preset `mask`: mask_criteria.py. Only times from a GPU are judged.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from .mask_criteria import mask_criteria
 
 COPY_SHARE = 0.85
 OVER_FA3 = 1.0
@@ -37,7 +39,7 @@ def _shape(case: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def criteria(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a run of a cache preset, in the order of its cases; empty for other presets and for runs without a GPU."""
+    """The rows of a run, in the order of its cases; empty for presets without criteria and for runs without a GPU."""
     if run["machine"]["device"] != "cuda" or not run["ours"]:
         return []
     ours = run["ours"][0]
@@ -56,4 +58,6 @@ def criteria(run: dict[str, Any]) -> list[dict[str, Any]]:
         if case["page_size"] == COMPARED_PAGE and _shape(case) in dense:
             over = seconds / dense[_shape(case)]
             found.append(_judged("time over the dense cache", row, over, PAGED_OVER_DENSE, at_least=False))
+    for criterion, name, value, bound, at_least in mask_criteria(run["cases"], ours):
+        found.append(_judged(criterion, {"name": name}, value, bound, at_least))
     return found

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flash_ext
 from benchmarks import patterns
 
+ALLOWED_SHARE = 0.2  # of one forward
+
 
 def builders(seqlen: int, device: str) -> dict[str, Callable[[], flash_ext.BlockMask]]:
     """What a user would call, by name."""
@@ -67,7 +69,10 @@ def measure(seqlen: int, batch: int, heads: int, device: str, repeats: int) -> l
         forward = seconds(lambda mask=mask: flash_ext.attention(q, k, v, block_mask=mask), device, repeats)
         built = seconds(build, device, repeats)
         rows.append(
-            {"mask": name, "density": mask.density, "build_s": built, "forward_s": forward, "share": built / forward}
+            {
+                "mask": name, "density": mask.density, "build_s": built, "forward_s": forward, "share": built / forward,
+                "verdict": ("pass" if built <= ALLOWED_SHARE * forward else "fail") if device == "cuda" else "",
+            }
         )  # fmt: skip
     return rows
 
@@ -82,10 +87,10 @@ def main() -> None:
     batch, heads = (4, 32) if device == "cuda" else (1, 2)
     seqlen = arguments.seqlen or (16384 if device == "cuda" else 512)
     rows = measure(seqlen, batch, heads, device, arguments.repeats)
-    print("| mask | kept blocks | build | one forward | share |\n|---|---|---|---|---|")
+    print(f"| mask | kept blocks | build | one forward | share, at most {ALLOWED_SHARE} | verdict |\n|---|---|---|---|---|---|")
     for row in rows:
         times = " | ".join(f"{row[key] * 1e3:.2f} ms" for key in ("build_s", "forward_s"))
-        print(f"| {row['mask']} | {row['density']:.3f} | {times} | {row['share']:.2f} |")
+        print(f"| {row['mask']} | {row['density']:.3f} | {times} | {row['share']:.2f} | {row['verdict']} |")
     if arguments.json:
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         arguments.json.write_text(

@@ -278,15 +278,19 @@ def _patterns(gpu: bool) -> list[Case]:
     shapes = ("", f"tree {tree}", f"parents {tree}", f"window 8 + {tokens}", f"window {window} + {tokens}")
     cases = [_square("masks", batch, s, heads, heads, 64, causal=not pattern, pattern=pattern) for pattern in shapes]
     shares = (2, 5, 10, 20, 40, 60, 80, 100)
-    return cases + [_square("density", 1, s, heads // 2, heads // 2, 128 if gpu else 64, pattern=f"blocks {p}%") for p in shares]
+    sweep = ("", *(f"blocks {p}%" for p in shares))  # the whole square, to which the others are compared, and its parts
+    return cases + [_square("density", 1, s, heads // 2, heads // 2, 128 if gpu else 64, pattern=pattern) for pattern in sweep]
 
 
 def _jagged(gpu: bool) -> list[Case]:
-    """Features of recommendation models: lengths uniform in [0, longest], 4 heads of 64."""
-    sequences, longest = (1024, 512) if gpu else (8, 32)
-    draw = random.Random(0)
-    lengths = tuple(draw.randint(0, longest) for _ in range(sequences))
-    return [_square(f"jagged U(0, {longest})", 1, sum(lengths), 4, 4, 64, lengths=lengths)]
+    """Features of recommendation models: lengths uniform in [0, longest], 4 heads of 64 (and of 32), beside the padded batch."""
+    cases = []
+    for sequences, longest, dim in ((1024, 512, 64), (8192, 64, 64), (8192, 64, 32)) if gpu else ((8, 32, 64), (8, 32, 32)):
+        draw = random.Random(0)
+        lengths = tuple(draw.randint(0, longest) for _ in range(sequences))
+        family = f"jagged U(0, {longest}) d{dim}"
+        cases += [_square(family, 1, sum(lengths), 4, 4, dim, lengths=lengths), _square(family, sequences, longest, 4, 4, dim)]
+    return cases
 
 
 def _features(gpu: bool) -> list[Case]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import mask_building, patterns
+from benchmarks.criteria import criteria
 from benchmarks.presets import PRESETS, Case
 from benchmarks.registry import _mask_mod, _options_of_ours
 
@@ -60,3 +63,36 @@ def test_building_is_timed(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     rows = json.loads(target.read_text())["rows"]
     assert len(rows) == 5 and all(row["build_s"] > 0 and row["forward_s"] > 0 and 0 < row["density"] <= 1 for row in rows)
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+
+
+def _run(*timed: tuple[Case, dict[str, float]], device: str = "cuda") -> dict[str, Any]:
+    rows = []
+    for case, seconds in timed:
+        outcomes = {
+            name: {"status": "timed", "seconds": {"median": value}, "ceiling_share": 0.5} for name, value in seconds.items()
+        }
+        rows.append(
+            {"name": case.name, "case": asdict(case) | {"mask": case.mask}, "limit": "products", "implementations": outcomes}
+        )
+    return {"machine": {"device": device}, "ours": ["flash_ext"], "cases": rows}
+
+
+def _both(case: Case, **seconds: float) -> list[tuple[Case, dict[str, float]]]:
+    return [(replace(case, direction=direction), seconds) for direction in ("fwd", "bwd")]
+
+
+def test_each_criterion_passes_and_fails() -> None:
+    cases = {case.name: case for case in PRESETS["mask"][1](True)}
+    sweep = {case.pattern: case for case in cases.values() if case.family == "density"}
+    whole, half, sparse = (sweep[pattern] for pattern in ("", "blocks 40%", "blocks 5%"))
+    density = [(whole, {"flash_ext": 1.0}), (half, {"flash_ext": 0.49}), (sparse, {"flash_ext": 0.9})]
+    assert [row["verdict"] for row in criteria(_run(*density))] == ["pass"]
+    assert [row["verdict"] for row in criteria(_run(density[0], (half, {"flash_ext": 0.51})))] == ["fail"]
+    assert criteria(_run(density[1])) == [] and criteria(_run(*density, device="cpu")) == []
+    causal, tree = (next(c for c in cases.values() if c.family == "masks" and c.pattern == p) for p in ("", "tree 8x3"))
+    for ours, verdict in ((1.0, "pass"), (1.2, "fail")):
+        found = criteria(_run(*_both(causal, fa2=9.5, flash_ext=5.0), *_both(tree, flash_ext=ours)))
+        assert [(row["verdict"], row["bound"]) for row in found] == [(verdict, 9.0)]
+    jagged, padded = (case for case in cases.values() if case.family == "jagged U(0, 512) d64")
+    found = criteria(_run(*_both(jagged, flash_ext=1.0), *_both(padded, fa2=3.1, math=8.0, flash_ext=2.0)))
+    assert [(row["verdict"], row["value"]) for row in found] == [("pass", 3.1), ("fail", 8.0)]
