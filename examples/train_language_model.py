@@ -7,12 +7,15 @@ only itself). The program fails when the first two disagree, or when attention d
     python examples/train_language_model.py                  about two minutes on two CPU cores, in float32
     python examples/train_language_model.py --device cuda    a larger model, in bfloat16 with float32 weights
 
-Beside flash_ext and torch it needs tqdm and matplotlib: pip install 'flash_ext[demo]'.
+losses.csv gets the training losses of all three, curves.png the same as a picture. Beside flash_ext and torch it needs tqdm
+and matplotlib, pip install 'flash_ext[demo]', or --plain, which goes without progress bar and picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import math
 import sys
 import sysconfig
@@ -24,9 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import flash_ext
 
@@ -211,7 +212,8 @@ def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Set
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="cpu or cuda; decides the model's size")
-    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="folder for curves.png")
+    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="folder for losses.csv and curves.png")
+    parser.add_argument("--plain", action="store_true", help="no progress bar and no picture: neither tqdm nor matplotlib")
     parser.add_argument("--seed", type=integer_from(0), default=0, help="of the weights and of the batches")
     sizes = ("steps", "batch", "seqlen", "layers", "width", "heads")
     for name in sizes:
@@ -242,10 +244,16 @@ def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Set
     return options, settings
 
 
-def train(runs: list[Run], text: Text, settings: Settings, seed: int, device: torch.device) -> None:
+def train(runs: list[Run], text: Text, settings: Settings, seed: int, device: torch.device, plain: bool) -> None:
     validation = text.validation_windows(settings.seqlen).to(device)
     every = max(1, settings.steps // 10)
-    with tqdm(total=settings.steps, unit="step", dynamic_ncols=True) as progress:
+    if plain:
+        bar: AbstractContextManager = contextlib.nullcontext()
+    else:
+        from tqdm import tqdm
+
+        bar = tqdm(total=settings.steps, unit="step", dynamic_ncols=True)
+    with bar as progress:
         for step in range(settings.steps):
             windows = text.batch(settings, seed, step).to(device)
             for run in runs:
@@ -253,11 +261,22 @@ def train(runs: list[Run], text: Text, settings: Settings, seed: int, device: to
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 for run in runs:
                     run.validate(validation)
-            progress.set_postfix_str(", ".join(f"{run.name} {run.train_losses[-1]:.3f}" for run in runs))
-            progress.update()
+            if progress is not None:
+                progress.set_postfix_str(", ".join(f"{run.name} {run.train_losses[-1]:.3f}" for run in runs))
+                progress.update()
+
+
+def save_losses(runs: list[Run], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(run.name for run in runs)])
+        for step, losses in enumerate(zip(*(run.train_losses for run in runs), strict=True), 1):
+            writer.writerow([step, *(f"{loss:.6f}" for loss in losses)])
 
 
 def save_curves(runs: list[Run], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, style in zip(runs, ("-", "--", ":"), strict=True):
@@ -308,13 +327,16 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [Run(name, attend, settings, options.seed, device) for name, attend in attentions.items()]
     num_weights = sum(p.numel() for p in runs[0].model.parameters())
     print(f"{num_weights:,} weights, {settings.steps} steps of {settings.batch} x {settings.seqlen} bytes", flush=True)
-    train(runs, text, settings, options.seed, device)
+    train(runs, text, settings, options.seed, device, options.plain)
 
     print(f"\n{'':14}{'training':>10}{'validation':>12}{'tokens/s':>12}")
     for run in runs:
         print(f"{run.name:14}{run.train_losses[-1]:10.4f}{run.final:12.4f}{run.tokens_per_second:12,.0f}")
-    save_curves(runs, options.out / "curves.png")
-    print(f"curves: {options.out / 'curves.png'}")
+    save_losses(runs, options.out / "losses.csv")
+    print(f"losses: {options.out / 'losses.csv'}")
+    if not options.plain:
+        save_curves(runs, options.out / "curves.png")
+        print(f"curves: {options.out / 'curves.png'}")
     complaints = judge(runs, settings, options.min_gain)
     for complaint in complaints:
         print(f"FAILED: {complaint}", file=sys.stderr)

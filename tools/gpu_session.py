@@ -4,7 +4,7 @@
 
 | plan | make | does |
 |---|---|---|
-| gpu | gpu | tests, the quick benchmark, compute-sanitizer and ncu where they work |
+| gpu | gpu | tests, a bfloat16 training run beside torch's, the quick benchmark, compute-sanitizer and ncu where they work |
 | bench | gpu-bench | benchmarks/run.py with the arguments after --, such as --preset paper --part 1/4 |
 | tune | gpu-tune | tools/tune.py with the arguments after --, such as --head-dim 128 --mask causal |
 
@@ -80,6 +80,12 @@ def _bench(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "benchmarks/run.py", *files, *arguments)
 
 
+# Losses of flash_ext and torch step by step in training/losses.csv; a call that no kernel runs is an error.
+TRAINING = (
+    "env", "FLASH_EXT_STRICT=1", sys.executable, "examples/train_language_model.py", "--device", "cuda", "--plain",
+    "--out", "{out}/training",
+)  # fmt: skip
+
 PREPARATION = (
     Step("environment", (sys.executable, "tools/gpu_session.py", "--print-environment"), 60),
     Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 240),
@@ -91,6 +97,7 @@ PLANS = {
         *PREPARATION,
         Step("resources", (sys.executable, "tools/resources.py"), 30),
         Step("tests", (sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10"), 240),
+        Step("training", TRAINING, 90, shown=12),
         Step("benchmark", _bench("--preset", "quick", "--budget", "90"), 150, shown=60),
         Step("sanitizer", (sys.executable, "tools/gpu_checks.py", "sanitize", "--limit", "{seconds}"), 150, shown=8),
         Step("profile", (sys.executable, "tools/gpu_checks.py", "profile", "--limit", "{seconds}"), 90),

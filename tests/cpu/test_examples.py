@@ -33,6 +33,16 @@ def test_it_trains_and_draws(train_language_model, tmp_path, capsys):
         assert word in output
 
 
+def test_plain_needs_no_packages_and_keeps_the_losses(train_language_model, tmp_path, capsys, monkeypatch):
+    for package in ("matplotlib", "matplotlib.figure", "tqdm"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert train_language_model.main([*SMALL, "--plain", "--out", str(tmp_path), "--min-gain", "-10"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["losses.csv"]
+    header, *rows = (line.split(",") for line in (tmp_path / "losses.csv").read_text().splitlines())
+    assert header == ["step", "flash_ext", "torch", "no attention"] and [row[0] for row in rows] == ["1", "2", "3"]
+    assert all(abs(float(row[1]) - float(row[2])) < 1e-4 for row in rows) and "curves" not in capsys.readouterr().out
+
+
 def test_a_wrong_attention_is_found(train_language_model, tmp_path, capsys, monkeypatch):
     right = flash_ext.attention
     monkeypatch.setattr(flash_ext, "attention", lambda q, k, v, **options: right(q, k, v, causal=False))
