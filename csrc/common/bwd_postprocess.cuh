@@ -58,7 +58,8 @@ __device__ __forceinline__ void bwd_postprocess(const BwdPostprocessParams& para
     }
 #pragma unroll
     for (int quad = 0; quad < (Config::kScalarOrder ? 0 : kDqAccumulators / 4); ++quad) {
-      const float4 x = __ldcs(reinterpret_cast<const float4*>(block + dq_quad_offset(thread, quad)));
+      float4 x{};
+      if (column + 8 * quad < params.head_dim) x = __ldcs(reinterpret_cast<const float4*>(block + dq_quad_offset(thread, quad)));
       acc[4 * quad] = x.x * params.softmax_scale;
       acc[4 * quad + 1] = x.y * params.softmax_scale;
       acc[4 * quad + 2] = x.z * params.softmax_scale;

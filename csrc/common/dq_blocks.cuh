@@ -18,6 +18,9 @@ constexpr int kDqAccumulators = kDqBlockFloats / 128;  // of a thread
 // Within a block, the four accumulators that begin with number 4 * quad of this thread of the warpgroup.
 FX_HOST_DEVICE constexpr int dq_quad_offset(int thread, int quad) { return (quad * 128 + thread) * 4; }
 
+// Bytes of a block whose first so many columns count, a multiple of 8: they come first.
+FX_HOST_DEVICE constexpr int dq_bytes_of_columns(int columns) { return min_of(columns, kDqBlockColumns) * kDqBlockRows * 4; }
+
 // The order of kernels that add by scalar atomics, which a warp then does by whole lines: accumulator i of this thread.
 FX_HOST_DEVICE constexpr int dq_scalar_offset(int thread, int i) { return i * 128 + thread; }
 

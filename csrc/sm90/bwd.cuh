@@ -96,16 +96,18 @@ __device__ __forceinline__ void write_dq(const BwdParams& params, BwdStorage<Con
             int64_t(sequence.q.batch) * params.num_heads + head, params.stats_rows,
             (stats_row + m_block * Config::kBlockM) / kDqBlockRows + block / Config::kDqColumnBlocks,
             Config::kDqColumnBlocks, block % Config::kDqColumnBlocks);
+        // Columns beyond head_dim are zeros, and stay here.
+        const int bytes = dq_bytes_of_columns(params.head_dim - block % Config::kDqColumnBlocks * kDqBlockColumns);
         mbarrier_wait(&shared.dq_ring[consumer].full[0], state.phase);
-        if (params.dq_turns != nullptr) {
+        if (params.dq_turns != nullptr && bytes > 0) {
           wait_for_turn(params.dq_turns + index, turn);
-          bulk_reduce_add(params.dq_blocks + index * kDqBlockFloats, shared.dq[consumer], kDqBlockBytes);
+          bulk_reduce_add(params.dq_blocks + index * kDqBlockFloats, shared.dq[consumer], bytes);
           bulk_commit();
           // The sum must be in memory before the next tile may add to it: that the source has been read says nothing.
           bulk_wait();
           pass_turn(params.dq_turns + index);
-        } else if (params.dq_blocks != nullptr) {  // else dQ is not wanted
-          bulk_reduce_add(params.dq_blocks + index * kDqBlockFloats, shared.dq[consumer], kDqBlockBytes);
+        } else if (params.dq_blocks != nullptr && bytes > 0) {  // else dQ is not wanted
+          bulk_reduce_add(params.dq_blocks + index * kDqBlockFloats, shared.dq[consumer], bytes);
           bulk_commit();
           bulk_wait_read();
         }
