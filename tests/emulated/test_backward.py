@@ -39,7 +39,22 @@ ODD = tuple(
     Case("zero_fill", 150, 140, batch=1, num_heads_kv=1, head_dim=d, head_dim_v=d_v, causal=n % 2 == 0, layout="padded")
     for n, (d, d_v) in enumerate(((8, 8), (40, 72), (104, 56), (72, 120), (136, 128), (168, 40), (192, 136), (200, 248)))
 )
-COVERED = {c.name: c for c in (*cases.CASES.values(), *ROWS, *ODD)}
+# Rows that sequences do not show, several heads and batches, scores without softcap, and a cap that wants a precise tanh.
+SHOWN = {
+    "seqused_q": (120, 0, 200, 5), "seqused_k": (290, 5, 100, 0), "leftpad_q": (10, 0, 3, 0), "leftpad_k": (20, 0, 9, 0),
+}  # fmt: skip
+MORE = tuple(
+    case
+    for d, d_v in ALL_DIMS
+    for fields in [{"num_heads": 2, "num_heads_kv": 1, "head_dim": d, "head_dim_v": d_v}]
+    for case in (
+        *(cases.packed("shown", ((140, 300), (0, 9), (230, 130), (7, 0)), **SHOWN, **kind, **fields) for kind in KINDS),
+        Case("many", 70, 150, batch=3, num_heads=3, num_heads_kv=3, head_dim=d, head_dim_v=d_v),
+        Case("alibi", 150, 140, batch=1, alibi="heads", causal=True, **fields),
+        Case("large_cap", 150, 140, batch=1, softcap=600.0, softmax_scale=3.0, **fields),
+    )
+)
+COVERED = {c.name: c for c in (*cases.CASES.values(), *ROWS, *MORE, *ODD)}
 
 
 def ran() -> set[str]:
