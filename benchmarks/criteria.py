@@ -1,9 +1,14 @@
-"""What decoding and masks must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
+"""What decoding, masks and FP8 must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
 
+Over caches:
 - share of the copy bandwidth: at least 0.85 where memory is the limit, that is where the ceilings say that the bytes take
   longer than the products, and at least SHORTEST_S: in less the launches, not the bytes, are the time.
 - speed over FlashAttention-3: at least 1.0 for every case that both computed.
 - pages of 16 rows over the dense cache: at most 1.05 times its time.
+
+In FP8 (preset fp8), for every case that both computed:
+- speed over the faster of cuDNN and FlashAttention-3, neither of which flushes: at least 0.95 with flushing, 1.0 without.
+- speed over our own bf16 kernel for the same shape: at least 1.4 with flushing.
 
 The preset `mask`: mask_criteria.py. Only times from a GPU are judged.
 """
@@ -18,6 +23,8 @@ COPY_SHARE = 0.85
 OVER_FA3 = 1.0
 PAGED_OVER_DENSE = 1.05
 COMPARED_PAGE = 16
+FP8_FLUSHED, FP8_UNFLUSHED, FP8_OVER_BF16 = 0.95, 1.0, 1.4
+UNFLUSHED = "flash_ext_unflushed"
 SHORTEST_S = 20e-6
 PASS, FAIL = "pass", "fail"
 
@@ -34,8 +41,38 @@ def _judged(criterion: str, row: dict[str, Any], value: float, bound: float, at_
     return {"criterion": criterion, "case": row["name"], "value": value, "bound": bound, "verdict": verdict}
 
 
+_LENGTHS = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v")
+
+
 def _shape(case: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(case[name] for name in ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v", "dtype"))
+    return tuple(case[name] for name in (*_LENGTHS, "dtype"))
+
+
+def _fp8(run: dict[str, Any], ours: str) -> list[dict[str, Any]]:
+    """The rows of preset fp8."""
+    if run.get("preset") != "fp8":
+        return []
+
+    def call(case: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(case[name] for name in (*_LENGTHS, "mask"))
+
+    bf16 = {call(row["case"]): seconds for row in run["cases"] if row["case"]["dtype"] == "bf16" and (seconds := _timed(row, ours))}
+    found = []
+    for row in run["cases"]:
+        if row["case"]["dtype"] != "fp8":
+            continue
+        flushed, unflushed = _timed(row, ours), _timed(row, UNFLUSHED)
+        peers = [seconds for name in ("cudnn", "fa3") if (seconds := _timed(row, name))]
+        if peers and flushed:
+            over = min(peers) / flushed
+            found.append(_judged("FP8 over the faster peer, flushed", row, over, FP8_FLUSHED, at_least=True))
+        if peers and unflushed:
+            over = min(peers) / unflushed
+            found.append(_judged("FP8 over the faster peer, never flushed", row, over, FP8_UNFLUSHED, at_least=True))
+        if flushed and call(row["case"]) in bf16:
+            over = bf16[call(row["case"])] / flushed
+            found.append(_judged("FP8 over our bf16", row, over, FP8_OVER_BF16, at_least=True))
+    return found
 
 
 def criteria(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,4 +97,4 @@ def criteria(run: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(_judged("time over the dense cache", row, over, PAGED_OVER_DENSE, at_least=False))
     for criterion, name, value, bound, at_least in mask_criteria(run["cases"], ours):
         found.append(_judged(criterion, {"name": name}, value, bound, at_least))
-    return found
+    return found + _fp8(run, ours)

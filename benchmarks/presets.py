@@ -311,6 +311,13 @@ def _memory(gpu: bool) -> list[Case]:
     return [_square("memory", 1, s, heads, heads, dim, causal=True) for s in seqlens]
 
 
+def _fp8(gpu: bool) -> list[Case]:
+    """What docs/fp8.md must reach: each case in e4m3, and in bf16 to compare with."""
+    if not gpu:
+        return _same_tokens(256, 256, (128,), (64, 256))
+    return _same_tokens(16384, 2048, (128, 256), (2048, 4096, 8192, 16384))
+
+
 PRESETS: dict[str, tuple[str, Callable[[bool], list[Case]]]] = {
     "quick": ("head_dim 64 and 128, two sequence lengths, causal and full, and grouped heads", _quick),
     "paper": ("16k tokens and hidden size 2048 as FlashAttention-3 publishes; GQA 64/8; head dims 192/128", _paper),
@@ -319,14 +326,19 @@ PRESETS: dict[str, tuple[str, Callable[[bool], list[Case]]]] = {
     "varlen": ("sequences of log-uniformly drawn lengths packed one after another", _varlen),
     "mask": ("windows, packed documents, prefix, trees, block-sparse masks of growing density, jagged rows", _mask),
     "features": ("attention layers of gpt-oss, Gemma 2 and Mistral: sinks, softcap, windows", _features),
+    "fp8": ("head_dim 128 and 256, full and causal, 2k to 16k, in e4m3 and in bf16", _fp8),
     "memory": ("one sequence of growing length: peak extra bytes", _memory),
 }
-FORWARD_ONLY = {"decode", "paged"}
+FORWARD_ONLY = {"decode", "paged", "fp8"}
 
 
 def default_passes(preset: str) -> list[str]:
     # What a forward saves for its backward counts as memory, so the two are taken together there.
-    return {"decode": ["fwd"], "paged": ["fwd"], "memory": ["fwd", "fwd+bwd"]}.get(preset, ["fwd", "bwd"])
+    return {"decode": ["fwd"], "paged": ["fwd"], "fp8": ["fwd"], "memory": ["fwd", "fwd+bwd"]}.get(preset, ["fwd", "bwd"])
+
+
+def default_dtypes(preset: str) -> list[str]:
+    return {"fp8": ["fp8", "bf16"]}.get(preset, ["bf16"])
 
 
 def cases_of(preset: str, gpu: bool, directions: Iterable[str], dtypes: Iterable[str], head_dims: Iterable[int] = ()) -> list[Case]:

@@ -64,11 +64,15 @@ class FlashExt(Implementation):
         return f"flash_ext {flash_ext.__version__}"
 
     def bind(self, case: Case, device: str) -> Attend:
-        _require(case.dtype in ("bf16", "fp16"), f"no kernel takes {case.dtype}")
+        _require(case.dtype in ("bf16", "fp16", "fp8"), f"no kernel takes {case.dtype}")
         if isinstance(case, CacheCase):
+            _require(case.dtype != "fp8", "caches are measured in 16 bits")
             return cache_peers.flash_ext_kernels(case, device)
         options = _options_of_ours(case, device)
-        shapes = [torch.empty(shape, dtype=getattr(torch, _LONG[case.dtype]), device=device) for shape in case.shapes()[:3]]
+        if case.dtype == "fp8":
+            _require(case.direction == "fwd", "FP8 has no backward")
+            options |= self._fp8_options(case, device)
+        shapes = [torch.empty(shape, dtype=DTYPES[case.dtype], device=device) for shape in case.shapes()[:3]]
         if case.lengths:
             shapes = [t[0] for t in shapes]
         plan = flash_ext.explain(*shapes, **options)
@@ -77,8 +81,41 @@ class FlashExt(Implementation):
 
         return _our_call(case, options)
 
+    def _fp8_options(self, case: Case, device: str) -> dict[str, Any]:
+        """Scales of sequences and heads, as FlashAttention-3 takes them."""
+        scales = torch.ones(len(case.lengths) or case.batch, case.heads_kv, device=device)
+        return {"q_descale": scales, "k_descale": scales, "v_descale": scales}
 
-_LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+class FlashExtUnflushed(FlashExt):
+    """Our FP8 kernel without its second level of sums: what FlashAttention-3 does."""
+
+    name, title = "flash_ext_unflushed", "flash_ext, never flushed"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.dtype == "fp8" and not isinstance(case, CacheCase), "flush_every is for FP8 alone")
+        return super().bind(case, device)
+
+    def _fp8_options(self, case: Case, device: str) -> dict[str, Any]:
+        return super()._fp8_options(case, device) | {"flush_every": 0}
+
+
+class FlashExtBlockScales(FlashExt):
+    """Our FP8 kernel with a scale for every 64 rows."""
+
+    name, title = "flash_ext_block", "flash_ext, scales of 64 rows"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.dtype == "fp8" and not isinstance(case, CacheCase), "scales are for FP8 alone")
+        _require(not case.lengths, "scales of 64 rows are measured on whole batches")
+        return super().bind(case, device)
+
+    def _fp8_options(self, case: Case, device: str) -> dict[str, Any]:
+        def ones(rows: int, heads: int) -> Tensor:
+            return torch.ones(case.batch, heads, -(-rows // 64), device=device)
+
+        keys = ones(case.seqlen_k, case.heads_kv)
+        return {"q_descale": ones(case.seqlen_q, case.heads), "k_descale": keys, "v_descale": keys}
 
 
 def _options_of_ours(case: Case, device: str) -> dict[str, Any]:
@@ -387,6 +424,8 @@ class CachePackage(Implementation):
 def implementations() -> dict[str, Implementation]:
     found = (
         FlashExt(),
+        FlashExtUnflushed(),
+        FlashExtBlockScales(),
         Sdpa("cudnn", "cuDNN", SDPBackend.CUDNN_ATTENTION, masks=True),
         Sdpa("fa2", "FlashAttention-2", SDPBackend.FLASH_ATTENTION, masks=False),
         FlashAttention3(),

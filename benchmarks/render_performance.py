@@ -14,7 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import report
-from benchmarks.presets import PRESETS, default_passes
+from benchmarks.presets import PRESETS, default_dtypes, default_passes
 from benchmarks.run import default_implementations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,12 +64,12 @@ def _not_measured(runs: list[report.Run]) -> list[str]:
     measured, lines = _measured(runs), []
     for preset, (what, _) in PRESETS.items():
         for direction in default_passes(preset):
-            missing = [n for n in default_implementations(preset, "cuda") if (preset, direction, "bf16", n) not in measured]
+            dtype = default_dtypes(preset)[0]
+            missing = [n for n in default_implementations(preset, "cuda") if (preset, direction, dtype, n) not in measured]
             if missing:
-                lines.append(f"- {preset}, {direction}, bf16 ({what}): {', '.join(missing)}")
-    for dtype in ("fp16", "fp8"):
-        if not any(d == dtype for _, _, d, _ in measured):
-            lines.append(f"- everything in {dtype}")
+                lines.append(f"- {preset}, {direction}, {dtype} ({what}): {', '.join(missing)}")
+    if not any(dtype == "fp16" for _, _, dtype, _ in measured):
+        lines.append("- everything in fp16")
     if not any("energy" in o for run in runs for row in run["cases"] for o in row["implementations"].values()):
         lines.append("- energy, of anything")
     return lines

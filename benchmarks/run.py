@@ -28,7 +28,7 @@ import torch
 from benchmarks import ceilings, energy, machine, report
 from benchmarks.criteria import criteria
 from benchmarks.nvml import Provider, Unavailable
-from benchmarks.presets import DTYPES, PASSES, PRESETS, Case, cases_of, default_passes
+from benchmarks.presets import DTYPES, PASSES, PRESETS, Case, cases_of, default_dtypes, default_passes
 from benchmarks.registry import Implementation, implementations
 from benchmarks.runner import FAILED, WRONG, DeviceLost, Session, measure_case
 from benchmarks.timing import stopwatch_of
@@ -37,6 +37,7 @@ DEFAULT_IMPLEMENTATIONS = {"cuda": "flash_ext,cudnn,fa2,fa3,flex", "cpu": "refer
 # Over KV caches; SDPA has no cache, so that its kernels read gathered ones.
 CACHE_PRESETS = ("decode", "paged")
 CACHE_IMPLEMENTATIONS = {"cuda": "flash_ext,fa3,flash_attn,flashinfer,flashmla,cudnn,fa2", "cpu": "reference,math"}
+FP8_IMPLEMENTATIONS = "flash_ext,flash_ext_unflushed,flash_ext_block,cudnn,fa3"
 UNFUSED = "math"  # what the memory preset compares with
 DEFAULT_SECONDS = {"cuda": 1.0, "cpu": 0.2}
 
@@ -130,7 +131,9 @@ def parser() -> Parser:
     p.add_argument(
         "--pass", dest="passes", type=_list_of("pass", PASSES), help="of fwd,bwd,fwd+bwd; by default what suits the preset"
     )
-    p.add_argument("--dtype", type=_list_of("dtype", list(DTYPES)), default=["bf16"], help=f"of {','.join(DTYPES)}; default bf16")
+    p.add_argument(
+        "--dtype", type=_list_of("dtype", list(DTYPES)), help=f"of {','.join(DTYPES)}; default bf16, of preset fp8 fp8,bf16"
+    )
     p.add_argument("--head-dim", type=_head_dims, default=[], help="only the preset's cases of these head dims, such as 64,128")
     p.add_argument(
         "--device", type=_one_of("device", ["auto", "cuda", "cpu"]), default="auto", help="default: cuda where there is one"
@@ -151,6 +154,8 @@ def parser() -> Parser:
 
 def default_implementations(preset: str, device: str) -> list[str]:
     names = (CACHE_IMPLEMENTATIONS if preset in CACHE_PRESETS else DEFAULT_IMPLEMENTATIONS)[device].split(",")
+    if preset == "fp8" and device == "cuda":
+        names = FP8_IMPLEMENTATIONS.split(",")
     return [*names, UNFUSED] if preset == "memory" and UNFUSED not in names else names
 
 
@@ -254,6 +259,7 @@ def main(argv: Sequence[str] | None = None, provider: Provider | None = None) ->
     """provider: put in NVML's place by tests."""
     p = parser()
     arguments = p.parse_args(argv)
+    arguments.dtype = arguments.dtype or default_dtypes(arguments.preset)
     if os.environ.get("FLASH_EXT_EMULATE"):
         p.error("FLASH_EXT_EMULATE is set, and an emulator's times mean nothing; unset it")
     _check_files_differ(arguments, p.error)

@@ -620,11 +620,17 @@ def test_peers_say_what_they_do_not_cover() -> None:
         ("math", decode, "top left"),
         ("fa2", MASKS[5], "prefix"),
         ("reference", fp8, "fp8"),
-        ("flash_ext", fp8, "fp8"),
+        ("flash_ext", fp8, "not on a CUDA device"),
+        ("flash_ext_unflushed", fp8, "not on a CUDA device"),
+        ("flash_ext_block", fp8, "not on a CUDA device"),
+        ("flash_ext_unflushed", decode, "FP8 alone"),
+        ("flash_ext_block", decode, "FP8 alone"),
+        ("flash_ext", replace(fp8, direction="bwd"), "no backward"),
     ):
         with pytest.raises(registry.NotCovered, match=words):
             known[name].bind(case, "cpu")
-    assert [name for name, each in known.items() if not each.peer] == ["flash_ext", "reference"]
+    ours = [name for name, each in known.items() if not each.peer]
+    assert ours == ["flash_ext", "flash_ext_unflushed", "flash_ext_block", "reference"]
 
 
 # --- the backward is timed the same way for all ---
