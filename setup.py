@@ -47,6 +47,7 @@ OP_SOURCES = [
     "host/append_kv.cpp",
     "host/combine.cpp",
     "host/kvcache.cpp",
+    "host/kvcache_fp8.cpp",
     "host/fwd_fp8.cpp",
     "host/plan_fp8.cpp",
     "host/quantize.cpp",

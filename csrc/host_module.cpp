@@ -138,7 +138,8 @@ void bind_kvcache_plan(py::module_& m) {
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k_cache,
          const PyLayout& v_cache, const std::optional<PyLayout>& k, const std::optional<PyLayout>& v, int64_t pages,
          bool leftpad, int64_t rotary_dim, bool causal, int64_t window_left, int64_t window_right, bool modified_score,
-         double softmax_scale, int64_t num_splits, const std::string& backend, bool shared_values) {
+         double softmax_scale, int64_t num_splits, const std::string& backend, bool shared_values, const std::string& out_dtype,
+         bool block_scales) {
         const DeviceInfo info = device_info_from_name(device);
         const TensorLayout new_k = layout_from_python(k.value_or(q)), new_v = layout_from_python(v.value_or(q));
         const TensorLayout keys = layout_from_python(k_cache);
@@ -157,7 +158,9 @@ void bind_kvcache_plan(py::module_& m) {
                                    .modified_score = modified_score,
                                    .softmax_scale = softmax_scale,
                                    .num_splits = num_splits,
-                                   .backend = backend};
+                                   .backend = backend,
+                                   .out_dtype = dtype_from_name(out_dtype),
+                                   .block_scales = block_scales};
         const CachePlan plan = plan_kvcache(problem, info);
         py::dict result;
         result["reasons"] = plan.reasons;
@@ -181,7 +184,7 @@ void bind_kvcache_plan(py::module_& m) {
       py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"),
       py::arg("v"), py::arg("pages"), py::arg("leftpad"), py::arg("rotary_dim"), py::arg("causal"), py::arg("window_left"),
       py::arg("window_right"), py::arg("modified_score"), py::arg("softmax_scale"), py::arg("num_splits"), py::arg("backend"),
-      py::arg("shared_values"));
+      py::arg("shared_values"), py::arg("out_dtype"), py::arg("block_scales"));
 }
 
 PYBIND11_MODULE(_host, m) {

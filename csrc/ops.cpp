@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_ext, FLASH_EXT_DISPATCH_KEY, library) {
   library.impl("bwd_jagged", TORCH_BOX(&flash_ext::bwd_jagged));
   library.impl("mask_blocks", TORCH_BOX(&flash_ext::mask_blocks));
   library.impl("kvcache", TORCH_BOX(&flash_ext::kvcache));
+  library.impl("kvcache_fp8", TORCH_BOX(&flash_ext::kvcache_fp8));
   library.impl("append_kv", TORCH_BOX(&flash_ext::append_kv));
   library.impl("combine", TORCH_BOX(&flash_ext::combine));
   library.impl("fwd_fp8", TORCH_BOX(&flash_ext::fwd_fp8));

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import env, ops, reference_kvcache
+from . import env, kvcache_fp8, ops, reference_kvcache
 from .kvcache_arguments import check_arguments, check_values, require_values
 from .reference_kvcache import Scoring, accumulation_dtype
 
@@ -62,6 +62,10 @@ def attention_with_kvcache(
     num_splits: int = 0,
     return_lse: bool = False,
     alibi_slopes: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -72,7 +76,7 @@ def attention_with_kvcache(
     rows. Softmax, masks and their alignment are those of flash_ext.attention.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), bfloat16, float16, float32 or float64, head_dim at most 576.
+        q: (batch, seqlen_q, num_heads, head_dim), bfloat16, float16, float32, float64 or float8_e4m3fn, head_dim at most 576.
         k_cache: (batch_cache, seqlen, num_heads_kv, head_dim), or with page_table (num_pages, page_size, num_heads_kv,
             head_dim); dtype and device of q. Any page size and any strides with a contiguous last dimension, such as a cache
             whose pages interleave layers. Kernels want strides that are multiples of 16 bytes.
@@ -99,12 +103,17 @@ def attention_with_kvcache(
         num_splits: CTAs that share the keys of a sequence; 0: chosen on the device from the lengths.
         return_lse: also return lse, the natural log of the softmax's denominator (sink included).
         alibi_slopes: (num_heads,) or (batch, num_heads) float32: -slope * |i + keys - seqlen_q - j| is added to the scores.
+        q_descale, k_descale, v_descale: of float8_e4m3fn tensors, float32 scales that undo their rounding; None is 1. One for
+            all: () or (1,). One for each sequence of the call and head: (batch, num_heads_kv), of q also (batch, num_heads).
+            One for 64 rows: of k and v where these stand in the cache, (k_cache.shape[0], num_heads_kv, ceil(rows / 64)),
+            pages then being multiples of 64 rows; of q (batch, num_heads, ceil(seqlen_q / 64)).
+        out_dtype: of a float8_e4m3fn call, bfloat16 (the default) or float16.
         validate: on a GPU, check lengths, indices and page table there, which synchronises. On the CPU they are always
             checked. Otherwise they are clamped: nothing outside the caches is read or written.
         backend: as flash_ext.attention.
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim_v) in q's dtype; with return_lse (out, lse), lse (batch, num_heads,
+        out (batch, seqlen_q, num_heads, head_dim_v) in q's dtype (or out_dtype); with return_lse (out, lse), lse (batch, num_heads,
         seqlen_q) float32 (float64 for float64 inputs). A row that sees no key has out 0 and lse -inf (the sink with sinks).
 
     Nothing depends on values that only the device knows: lengths may change between replays of a CUDA graph. NaN in rows
@@ -124,7 +133,8 @@ def attention_with_kvcache(
         "softmax_scale": softmax_scale, "num_splits": num_splits, "return_lse": return_lse, "validate": validate,
         "backend": backend,
     }  # fmt: skip
-    check_arguments(q, k_cache, v_cache, k, v, optional, options)
+    scales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "out_dtype": out_dtype}
+    check_arguments(q, k_cache, v_cache, k, v, optional, options, scales)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, k_cache, v_cache, sinks)):
         raise NotImplementedError(
             "attention_with_kvcache: it has no gradient, and an input requires one; call it under torch.no_grad(), or train "
@@ -132,12 +142,17 @@ def attention_with_kvcache(
         )
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    out, lse = ops.call(
-        torch.ops.flash_ext.kvcache, q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, leftpad_k, page_table,
+    arguments = (
+        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, leftpad_k, page_table,
         rotary_cos, rotary_sin, rotary_interleaved, sinks, alibi_slopes,
         float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale), causal, window_size[0], window_size[1],
-        float(softcap), num_splits, validate or q.device.type == "cpu", backend,
+        float(softcap), num_splits,
     )  # fmt: skip
+    validate = validate or q.device.type == "cpu"
+    if q.dtype == kvcache_fp8.FP8:
+        out, lse = kvcache_fp8.run(arguments, scales, validate, backend)
+    else:
+        out, lse = ops.call(torch.ops.flash_ext.kvcache, *arguments, validate, backend)
     return (out, lse) if return_lse else out
 
 
@@ -191,4 +206,5 @@ def _fake(q, k_cache, v_cache, *_):
 for _name, _implementation in (("kvcache", _kvcache), ("reference_kvcache", ops._kept(_reference))):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flash_ext::{_name}", _fake, lib=_library)
+kvcache_fp8.define(_library, _SCHEMA, _REFERENCE_SCHEMA)
 _library.impl("check_kvcache", ops._kept(check_values), "CompositeExplicitAutograd")

@@ -107,18 +107,26 @@ def require_values(k_cache: Tensor, v_cache: Tensor, v: Tensor | None) -> None:
         raise ValueError(f"{NAME}: {_VALUES_NEEDED}")
 
 
-def check_arguments(q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, optional: dict[str, Any], options: dict[str, Any]) -> None:
+def check_arguments(
+    q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, optional: dict[str, Any], options: dict[str, Any], scales: dict[str, Any]
+) -> None:
     """Raise TypeError (a wrong Python type) or ValueError (everything else) that lists every violated rule.
 
     optional: cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, rotary_sin, sinks, alibi_slopes.
-    options: every other keyword argument of attention_with_kvcache.
+    options: every other keyword argument of attention_with_kvcache. scales: those of FP8 calls alone (kvcache_fp8.NAMES).
     """
+    from . import kvcache_fp8  # it builds on the ops, as fp8.py
+
     found = _type_violations(
         {"q": q, "k_cache": k_cache, "v_cache": v_cache}, {"k": k, "v": v, **optional}, options
-    )  # fmt: skip
+    ) + kvcache_fp8.type_violations(scales)  # fmt: skip
     if found:
         raise TypeError(f"{NAME}: " + "; ".join(found))
-    found = _tensor_violations(q, k_cache, v_cache, k, v, optional) + _option_violations(q, options)
+    found = _tensor_violations(q, k_cache, v_cache, k, v, optional)
+    sized = not found
+    found += _option_violations(q, options) + kvcache_fp8.violations(
+        q, k_cache, optional["rotary_cos"], optional["page_table"] is not None, scales, options["validate"], sized
+    )
     if found:
         raise ValueError(f"{NAME}: " + "; ".join(found))
 
@@ -133,8 +141,8 @@ def _tensor_violations(
     given = [("q", q, row_shape), ("k_cache", k_cache, cache_shape), ("v_cache", v_cache, cache_shape)]
     given += [(name, tensor, row_shape) for name, tensor in (("k", k), ("v", v)) if tensor is not None]
     well_formed = all([shapes.rows(*each) for each in given])
-    if q.dtype not in DTYPES:
-        shapes.found.append(f"q.dtype must be bfloat16, float16, float32 or float64, got {q.dtype}")
+    if q.dtype not in DTYPES and q.dtype != torch.float8_e4m3fn:
+        shapes.found.append(f"q.dtype must be bfloat16, float16, float32, float64 or float8_e4m3fn, got {q.dtype}")
     for name, tensor, _ in given[1:]:
         if tensor.dtype != q.dtype:
             shapes.found.append(f"{name}.dtype must equal q.dtype, got {tensor.dtype} and {q.dtype}")

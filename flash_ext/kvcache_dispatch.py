@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import dispatch, reference_kvcache
+from . import dispatch, kvcache_fp8, reference_kvcache
 from .arguments import BACKENDS
 from .kvcache import attention_with_kvcache
 from .kvcache_arguments import NAME, check_arguments, shares_rows
@@ -70,8 +70,9 @@ def _checked(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, A
     bound = inspect.signature(attention_with_kvcache).bind(*arguments, **options)
     bound.apply_defaults()
     call = dict(bound.arguments)
-    others = {name: value for name, value in call.items() if name not in (*_TENSORS, *_OPTIONAL)}
-    check_arguments(*(call[name] for name in _TENSORS), {name: call[name] for name in _OPTIONAL}, others)
+    optional, scales = ({name: call[name] for name in names} for names in (_OPTIONAL, kvcache_fp8.NAMES))
+    others = {name: value for name, value in call.items() if name not in (*_TENSORS, *optional, *scales)}
+    check_arguments(*(call[name] for name in _TENSORS), optional, others, scales)
     return call
 
 
@@ -82,6 +83,7 @@ def _plan(device: str, call: dict[str, Any], backend: str) -> dict[str, Any]:
         return None if tensor is None else dispatch._layout(tensor)
 
     q, table, cos = call["q"], call["page_table"], call["rotary_cos"]
+    out_dtype = kvcache_fp8.out_dtype(q, call["out_dtype"])
     return dispatch._host().plan_kvcache(
         device=device,
         dtype=str(q.dtype).removeprefix("torch."),
@@ -97,6 +99,8 @@ def _plan(device: str, call: dict[str, Any], backend: str) -> dict[str, Any]:
         softmax_scale=q.shape[-1] ** -0.5 if call["softmax_scale"] is None else call["softmax_scale"],
         num_splits=call["num_splits"],
         backend=backend,
+        out_dtype=str(out_dtype).removeprefix("torch."),
+        block_scales=any(call[name] is not None and call[name].dim() == 3 for name in ("k_descale", "v_descale")),
     )
 
 

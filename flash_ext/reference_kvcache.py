@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 KEY_BLOCK = 128
+BLOCK_ROWS = 64  # of a cache, with one scale
 _SCORES_AT_ONCE = 2**22  # elements of a tile of scores
 
 
@@ -114,8 +115,11 @@ def attend(
     scoring: Scoring,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    descales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """(out (batch, seqlen_q, num_heads, head_dim_v) in q's dtype, lse (batch, num_heads, seqlen_q)) over the cache's rows."""
+    """(out (batch, seqlen_q, num_heads, head_dim_v) in q's dtype, lse (batch, num_heads, seqlen_q)) over the cache's rows.
+
+    descales: factors of k's and v's rows (float32, shapes as attention_with_kvcache); None: 1."""
     batch, seqlen_q, num_heads, _ = q.shape
     wide = accumulation_dtype(q.dtype)
     out = q.new_zeros(batch, seqlen_q, num_heads, v_cache.shape[3])
@@ -130,12 +134,23 @@ def attend(
         for row in range(0, seqlen_q, block_q):
             rows = slice(row, min(row + block_q, seqlen_q))
             out[part, rows], lse[part, :, rows] = _attend_rows(
-                q, k_cache, v_cache, cache, leftpad, scoring, sinks, alibi_slopes, part, rows
+                q, k_cache, v_cache, cache, leftpad, scoring, sinks, alibi_slopes, descales, part, rows
             )
     return out, lse
 
 
-def _attend_rows(q, k_cache, v_cache, cache, leftpad, scoring, sinks, alibi_slopes, part, rows):  # fmt: skip
+def _scale(descale: Tensor | None, sequences: Tensor, block: Tensor, offset: Tensor) -> Tensor | float:
+    """What the rows at places (sequences, n) are multiplied with: (sequences, n, heads, 1), or a number for all."""
+    if descale is None:
+        return 1.0
+    if descale.dim() < 2:
+        return descale.reshape(())
+    if descale.dim() == 2:
+        return descale[sequences][:, None, :, None]
+    return descale[block, :, offset // BLOCK_ROWS][..., None]
+
+
+def _attend_rows(q, k_cache, v_cache, cache, leftpad, scoring, sinks, alibi_slopes, descales, part, rows):  # fmt: skip
     seqlen_q, num_heads, wide = q.shape[1], q.shape[2], accumulation_dtype(q.dtype)
     heads_kv = k_cache.shape[2]
     length = cache.length[part]
@@ -158,8 +173,9 @@ def _attend_rows(q, k_cache, v_cache, cache, leftpad, scoring, sinks, alibi_slop
         present = (position >= 0) & (row < length[:, None])
         # Rows that nobody may see become zeros, so that NaN in them cannot meet a weight of zero.
         keys, values = (
-            torch.where(present[..., None, None], c[block, offset], 0).to(wide).transpose(1, 2)[:, :, None]
-            for c in (k_cache, v_cache)
+            torch.where(present[..., None, None], c[block, offset].to(wide) * _scale(descale, part, block, offset), 0)
+            .transpose(1, 2)[:, :, None]
+            for c, descale in zip((k_cache, v_cache), descales, strict=True)
         )
         scores = q_rows @ keys.mT
         if scoring.softcap > 0:

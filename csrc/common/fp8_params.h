@@ -1,6 +1,7 @@
 // What crosses to the FP8 forward, beside FwdParams.
 #pragma once
 
+#include "common/kvcache_params.h"
 #include "common/params.h"
 
 namespace flash_ext {
@@ -16,7 +17,15 @@ struct Descale {
   int block_step;  // 1, or 0
 };
 
-struct FwdFp8Params : FwdParams {  // q, k, v: e4m3, strides in bytes; out: bf16 or fp16
+// q, k, v: e4m3, strides in bytes; out: bf16 or fp16.
+struct FwdFp8Params : FwdParams {
+  Descale q_descale, k_descale, v_descale;
+  bool out_is_fp16;
+};
+
+// Over a cache. Scales of k and v for each 64 rows count by their places: data[block of the cache * batch_stride + head *
+// head_stride + row in it / 64].
+struct FwdFp8CacheParams : FwdCacheParams {
   Descale q_descale, k_descale, v_descale;
   bool out_is_fp16;
 };

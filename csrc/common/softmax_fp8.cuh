@@ -18,10 +18,11 @@ struct OnlineSoftmaxFp8 {
   float scaled_max[2] = {-0.5f * FLT_MAX, -0.5f * FLT_MAX};
   float row_sum[2] = {0.f, 0.f};  // this thread's part of the sum of weights
 
-  // acc_s: scores in, weights out. scales: > 0, of segments of equally many columns. Returns in `rescale` what earlier
-  // results of the two rows are multiplied with.
-  template <int kNumAcc, int kSegments>
-  __device__ __forceinline__ void update(float (&acc_s)[kNumAcc], const float (&scales)[kSegments], float (&rescale)[2]) {
+  // acc_s: scores in, weights out. scales: > 0, of segments of equally many columns, for both rows or for each. Returns in
+  // `rescale` what earlier results of the two rows are multiplied with.
+  template <int kNumAcc, int kRows, int kSegments>
+  __device__ __forceinline__ void update(float (&acc_s)[kNumAcc], const float (&scales)[kRows][kSegments],
+                                         float (&rescale)[2]) {
     constexpr int kChains = 4;  // independent ones hide the latency
     constexpr int kPerSegment = kNumAcc / kSegments;
     static_assert(kNumAcc % kSegments == 0 && kPerSegment >= 4 * kChains && kPerSegment % 16 == 0,
@@ -40,7 +41,8 @@ struct OnlineSoftmaxFp8 {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float (&p)[kChains] = partial[half];
-        tile_max[half] = fmaxf(tile_max[half], scales[segment] * fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3])));
+        const float scale = scales[half % kRows][segment];
+        tile_max[half] = fmaxf(tile_max[half], scale * fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3])));
       }
     }
 #pragma unroll
@@ -54,7 +56,7 @@ struct OnlineSoftmaxFp8 {
     float sums[2][kChains];
 #pragma unroll
     for (int i = 0; i < kNumAcc; ++i) {
-      acc_s[i] = fast_exp2(fmaf(acc_s[i], scales[i / kPerSegment], -subtrahend[acc_half(i)]));
+      acc_s[i] = fast_exp2(fmaf(acc_s[i], scales[acc_half(i) % kRows][i / kPerSegment], -subtrahend[acc_half(i)]));
       float& chain = sums[acc_half(i)][acc_position(i) % kChains];
       chain = acc_position(i) < kChains ? acc_s[i] : chain + acc_s[i];
     }
@@ -63,6 +65,15 @@ struct OnlineSoftmaxFp8 {
       const float (&p)[kChains] = sums[half];
       row_sum[half] = fmaf(row_sum[half], rescale[half], (p[0] + p[1]) + (p[2] + p[3]));
     }
+  }
+
+  // Both rows with the same scales.
+  template <int kNumAcc, int kSegments>
+  __device__ __forceinline__ void update(float (&acc_s)[kNumAcc], const float (&scales)[kSegments], float (&rescale)[2]) {
+    float of_both[1][kSegments];
+#pragma unroll
+    for (int segment = 0; segment < kSegments; ++segment) of_both[0][segment] = scales[segment];
+    update(acc_s, of_both, rescale);
   }
 
   // As OnlineSoftmax::finish.

@@ -107,7 +107,8 @@ KvPlaces places_of(const CacheTensors& cache) {
 }
 
 const char* why_not_accessible(const Tensor& cache) {
-  if (cache.size(3) % 8 != 0) return "head dims must be multiples of 8";
+  const int elements = 16 / element_size(scalar_type_of(cache));
+  if (cache.size(3) % elements != 0) return elements == 8 ? "head dims must be multiples of 8" : "head dims must be multiples of 16";
   return why_copied(layout_of(cache), scalar_type_of(cache));
 }
 
@@ -215,6 +216,13 @@ std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_
                     .block_n = static_cast<int>(split[3]),
                     .seqlen_q = params.seqlen_q,
                     .window_left = static_cast<int>(split[4])};
+  }
+  if (scalar_type_of(q) == ScalarType::kFloat8E4m3) {
+    FX_CHECK(!rotary_cos, "append_kv: e4m3 rows are not rotated");
+    for (RowStrides* strides : {&params.k_strides, &params.v_strides, &params.k_cache_strides, &params.v_cache_strides}) {
+      *strides = {strides->batch / 2, strides->row / 2, strides->head / 2};
+    }
+    params.head_dim /= 2, params.head_dim_v /= 2;
   }
   const LaunchScope scope(q);
   FX_CUDA_CHECK(find_append_kv(variant->name)(params, scope.stream()), variant->name);

@@ -9,12 +9,14 @@ CacheCallReport report_of(const CacheProblem& problem, const CachePlan& plan, co
   CacheCallReport report;
   const int64_t head_dim_v = problem.v_cache.sizes[3], rows = problem.num_heads() * problem.seqlen_q();
   const auto step = [&](Op op) {
-    if (const Variant* row = plan_kvcache_step(op, problem.dtype, head_dim_v, device)) report.kernels.push_back(row->name);
+    const ScalarType dtype = op == Op::k_combine ? problem.out_dtype : problem.dtype;
+    if (const Variant* row = plan_kvcache_step(op, dtype, head_dim_v, device)) report.kernels.push_back(row->name);
   };
   if (plan.prepares) step(Op::k_append_kv);
   report.kernels.push_back(plan.variant->name);
   if (plan.max_parts > 0) step(Op::k_combine);
-  const bool tma = plan.variant->op == Op::k_fwd_cache || plan.variant->op == Op::k_fwd_mla;
+  const Op op = plan.variant->op;
+  const bool tma = op == Op::k_fwd_cache || op == Op::k_fwd_mla || op == Op::k_fwd_fp8_cache;
   report.keys_by = tma && plan.variant->arch == 90 ? "tma" : "gather";
 
   constexpr int64_t kInt = sizeof(int), kFloat = sizeof(float);

@@ -39,31 +39,34 @@ CacheProblem problem_of(const CacheTensors& cache, const Tensor& q, const std::o
   return problem;
 }
 
-FwdCacheLauncher find_forward(const Variant& variant) {
+cudaError_t launch(const Variant& variant, const FwdFp8CacheParams& params, cudaStream_t stream) {
   switch (variant.op) {
-    case Op::k_fwd_cache_gather: return find_fwd_cache_gather(variant.name);
-    case Op::k_fwd_mla: return find_fwd_mla(variant.name);
-    case Op::k_fwd_mla_gather: return find_fwd_mla_gather(variant.name);
-    default: return find_fwd_cache(variant.name);
+    case Op::k_fwd_fp8_cache: return find_fwd_fp8_cache(variant.name)(params, stream);
+    case Op::k_fwd_fp8_cache_gather: return find_fwd_fp8_cache_gather(variant.name)(params, stream);
+    case Op::k_fwd_cache_gather: return find_fwd_cache_gather(variant.name)(params, stream);
+    case Op::k_fwd_mla: return find_fwd_mla(variant.name)(params, stream);
+    case Op::k_fwd_mla_gather: return find_fwd_mla_gather(variant.name)(params, stream);
+    default: return find_fwd_cache(variant.name)(params, stream);
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k, std::optional<Tensor> v,
-                                   Tensor cache_seqlens, std::optional<Tensor> cache_batch_idx,
-                                   std::optional<Tensor> leftpad_k, std::optional<Tensor> page_table,
-                                   std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
-                                   bool rotary_interleaved, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
-                                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                                   double softcap, int64_t num_splits, bool validate, std::optional<std::string> backend) {
+std::tuple<Tensor, Tensor> attend_to_cache(FX_CACHE_PARAMETERS, const CacheFp8* fp8, bool validate,
+                                           const std::optional<std::string>& backend) {
   normalise_indices(&cache_seqlens, &cache_batch_idx, &leftpad_k, &page_table);
   const CacheTensors cache{k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, page_table};
   check_cache(cache, q);
   const DeviceInfo& device = device_info_of(q);
   const std::string asked = backend.value_or("");
-  const CacheProblem problem = problem_of(cache, q, k, rotary_cos, causal, window_left, window_right,
-                                          softcap > 0 || alibi_slopes.has_value(), softmax_scale, num_splits, asked);
+  CacheProblem problem = problem_of(cache, q, k, rotary_cos, causal, window_left, window_right,
+                                    softcap > 0 || alibi_slopes.has_value(), softmax_scale, num_splits, asked);
+  using TorchType = torch::headeronly::ScalarType;
+  const TorchType out_dtype = fp8 != nullptr ? fp8->out_dtype : q.scalar_type();
+  if (fp8 != nullptr) {
+    problem.out_dtype = out_dtype == TorchType::Half ? ScalarType::kFloat16 : ScalarType::kBFloat16;
+    problem.block_scales = has_block_scales(*fp8);
+  }
   const CachePlan plan = plan_kvcache(problem, device);
   if (plan.variant == nullptr || (!asked.empty() && asked != plan.backend)) {
     FX_CHECK(asked.empty() || asked == "reference", "attention_with_kvcache: backend '", asked, "' cannot run this call; ",
@@ -75,9 +78,15 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
         from(v),           from(cache_seqlens), from(cache_batch_idx), from(leftpad_k),
         from(page_table),  from(rotary_cos), from(rotary_sin), from(rotary_interleaved),
         from(sinks),       from(alibi_slopes), from(softmax_scale), from(causal),
-        from(window_left), from(window_right), from(softcap),  from(validate),
-        from(reason)};
-    call_op("flash_ext::reference_kvcache", stack.data());
+        from(window_left), from(window_right), from(softcap)};
+    if (fp8 != nullptr) {
+      for (const StableIValue value : {from(fp8->q_descale), from(fp8->k_descale), from(fp8->v_descale), from(out_dtype)}) {
+        stack.push_back(value);
+      }
+    }
+    stack.push_back(from(validate));
+    stack.push_back(from(reason));
+    call_op(fp8 != nullptr ? "flash_ext::reference_kvcache_fp8" : "flash_ext::reference_kvcache", stack.data());
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   }
   const bool positions_move = causal || window_left >= 0 || window_right >= 0;
@@ -89,7 +98,7 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
 
   const int64_t batch = q.size(0), seqlen_q = q.size(1), num_heads = q.size(2), head_dim_v = v_cache.size(3);
   const int64_t out_sizes[] = {batch, seqlen_q, num_heads, head_dim_v};
-  Tensor out = torch::stable::new_empty(q, out_sizes), lse = new_float32(q, {batch, num_heads, seqlen_q});
+  Tensor out = torch::stable::new_empty(q, out_sizes, out_dtype), lse = new_float32(q, {batch, num_heads, seqlen_q});
   Tensor q_rows = with_aligned_rows(q), lengths = cache_seqlens, part_begin = cache_seqlens;
   if (batch == 0) return {out, lse};
   if (plan.prepares) {
@@ -123,7 +132,7 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
     memory.add(parts ? out_partial : out, MemoryRole::kOut, "out");
     memory.add(parts ? lse_partial : lse, MemoryRole::kOut, "lse");
 
-    FwdCacheParams params{};
+    FwdFp8CacheParams params{};
     params.q = q_rows.data_ptr(), params.k = k_cache.data_ptr(), params.v = v_cache.data_ptr();
     params.q_strides = row_strides_of(q_rows);
     params.k_strides = row_strides_of(k_cache), params.v_strides = row_strides_of(v_cache);
@@ -161,11 +170,16 @@ std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std
       params.out_partial = static_cast<float*>(out_partial.data_ptr());
       params.lse_partial = static_cast<float*>(lse_partial.data_ptr());
     }
+    if (fp8 != nullptr) fill_scales(&params, *fp8, cache, q, &memory);
     const LaunchScope scope(q);
-    FX_CUDA_CHECK(find_forward(*plan.variant)(params, scope.stream()), plan.variant->name);
+    FX_CUDA_CHECK(launch(*plan.variant, params, scope.stream()), plan.variant->name);
   }
   if (parts) combine(out_partial, lse_partial, part_begin, sinks, out, lse);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> kvcache(FX_CACHE_PARAMETERS, bool validate, std::optional<std::string> backend) {
+  return attend_to_cache(FX_CACHE_NAMES, nullptr, validate, backend);
 }
 
 }  // namespace flash_ext

@@ -23,6 +23,7 @@ using AppendKvLauncher = cudaError_t (*)(const AppendKvParams&, cudaStream_t);
 using FwdCacheLauncher = cudaError_t (*)(const FwdCacheParams&, cudaStream_t);
 using CombineLauncher = cudaError_t (*)(const CombineParams&, cudaStream_t);
 using FwdFp8Launcher = cudaError_t (*)(const FwdFp8Params&, cudaStream_t);
+using FwdFp8CacheLauncher = cudaError_t (*)(const FwdFp8CacheParams&, cudaStream_t);
 using QuantizeFp8Launcher = cudaError_t (*)(const QuantizeFp8Params&, cudaStream_t);
 
 // Null when this build holds no such variant.
@@ -40,6 +41,8 @@ FwdCacheLauncher find_fwd_cache_gather(std::string_view variant);
 FwdCacheLauncher find_fwd_mla(std::string_view variant);
 FwdCacheLauncher find_fwd_mla_gather(std::string_view variant);
 FwdFp8Launcher find_fwd_fp8(std::string_view variant);
+FwdFp8CacheLauncher find_fwd_fp8_cache(std::string_view variant);
+FwdFp8CacheLauncher find_fwd_fp8_cache_gather(std::string_view variant);
 QuantizeFp8Launcher find_quantize_fp8(std::string_view variant);
 
 }  // namespace flash_ext

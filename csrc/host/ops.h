@@ -76,13 +76,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_block_mask(std::optional<
                                                                   FX_BLOCK_MASK_PARAMETERS, bool deterministic,
                                                                   int64_t wanted, std::optional<std::string> backend);
 
-std::tuple<Tensor, Tensor> kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k, std::optional<Tensor> v,
-                                   Tensor cache_seqlens, std::optional<Tensor> cache_batch_idx,
-                                   std::optional<Tensor> leftpad_k, std::optional<Tensor> page_table,
-                                   std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
-                                   bool rotary_interleaved, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
-                                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                                   double softcap, int64_t num_splits, bool validate, std::optional<std::string> backend);
+// The arguments of attention over a KV cache from q to num_splits, and the names in the same order.
+#define FX_CACHE_PARAMETERS                                                                                               \
+  Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k, std::optional<Tensor> v, Tensor cache_seqlens,       \
+      std::optional<Tensor> cache_batch_idx, std::optional<Tensor> leftpad_k, std::optional<Tensor> page_table,           \
+      std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin, bool rotary_interleaved,                        \
+      std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, double softmax_scale, bool causal,                 \
+      int64_t window_left, int64_t window_right, double softcap, int64_t num_splits
+#define FX_CACHE_NAMES                                                                                             \
+  q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, leftpad_k, page_table, rotary_cos, rotary_sin,        \
+      rotary_interleaved, sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap, num_splits
+
+// out, lse
+std::tuple<Tensor, Tensor> kvcache(FX_CACHE_PARAMETERS, bool validate, std::optional<std::string> backend);
+
+// The same of e4m3 tensors; flash_ext/kvcache_fp8.py
+std::tuple<Tensor, Tensor> kvcache_fp8(FX_CACHE_PARAMETERS, std::optional<Tensor> q_descale, std::optional<Tensor> k_descale,
+                                       std::optional<Tensor> v_descale, torch::headeronly::ScalarType out_dtype, bool validate,
+                                       std::optional<std::string> backend);
 
 std::tuple<Tensor, Tensor, Tensor> append_kv(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k,
                                              std::optional<Tensor> v, Tensor cache_seqlens,

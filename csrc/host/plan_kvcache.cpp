@@ -25,12 +25,13 @@ bool is_latent(const CacheProblem& problem) { return std::max(problem.q.sizes[3]
 // of it, go by TMA, rows of eight at least (a swizzle period) and at most 32 pages a tile; padding on the left would shift
 // tiles against pages.
 Op op_for(const CacheProblem& problem, const Variant& row) {
-  const bool latent = is_latent(problem);
-  if (row.arch != 90 || !problem.paged) return latent ? Op::k_fwd_mla : Op::k_fwd_cache;
+  const bool latent = is_latent(problem), fp8 = problem.dtype == ScalarType::kFloat8E4m3;
+  const Op tma = latent ? Op::k_fwd_mla : fp8 ? Op::k_fwd_fp8_cache : Op::k_fwd_cache;
+  if (row.arch != 90 || !problem.paged) return tma;
   const int64_t rows = problem.k_cache.sizes[1], keys = row.block_n;
   const bool by_tma = !problem.leftpad && (rows % keys == 0 || (rows % 8 == 0 && keys % rows == 0 && keys / rows <= 32));
-  if (latent) return by_tma ? Op::k_fwd_mla : Op::k_fwd_mla_gather;
-  return by_tma ? Op::k_fwd_cache : Op::k_fwd_cache_gather;
+  if (by_tma) return tma;
+  return latent ? Op::k_fwd_mla_gather : fp8 ? Op::k_fwd_fp8_cache_gather : Op::k_fwd_cache_gather;
 }
 
 // Whether the call may run on rows of this group.
@@ -40,7 +41,8 @@ bool allows(const CacheProblem& problem, const DeviceInfo& device, int group) {
 }
 
 bool is_forward(Op op) {
-  return op == Op::k_fwd_cache || op == Op::k_fwd_cache_gather || op == Op::k_fwd_mla || op == Op::k_fwd_mla_gather;
+  return op == Op::k_fwd_cache || op == Op::k_fwd_cache_gather || op == Op::k_fwd_mla || op == Op::k_fwd_mla_gather ||
+         op == Op::k_fwd_fp8_cache || op == Op::k_fwd_fp8_cache_gather;
 }
 
 // The row of a group with the fewest columns that covers the call, or null.
@@ -81,6 +83,7 @@ int shared_heads(const CacheProblem& problem, int block_m) {
 }  // namespace
 
 const Variant* plan_kvcache_step(Op op, ScalarType dtype, int64_t head_dim_v, const DeviceInfo& device) {
+  if (dtype == ScalarType::kFloat8E4m3) dtype = ScalarType::kBFloat16;  // moved as pairs
   const Variant* smallest = nullptr;
   for (int group : kGroups) {
     if (smallest != nullptr || !device_runs(device, group)) continue;
@@ -106,16 +109,21 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
     if (condition) plan.reasons.push_back(std::move(reason));
   };
   const bool runs = std::ranges::any_of(kGroups, [&](int group) { return allows(problem, device, group); });
-  against(!runs, device.arch == 0 ? "the tensors are not on a CUDA device"
-                                  : std::string("kernels that read a KV cache need compute capability ") +
-                                        (problem.backend == "sm90" ? "9.0" : "8.0 or later") + ", this GPU has " +
-                                        std::to_string(device.arch / 10) + "." + std::to_string(device.arch % 10));
-  against(problem.dtype != ScalarType::kFloat16 && problem.dtype != ScalarType::kBFloat16,
-          std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
-  against(head_dim % 8 != 0 || head_dim_v % 8 != 0, "head dims must be multiples of 8, got " + std::to_string(head_dim) +
-                                                        " and " + std::to_string(head_dim_v));
+  const bool fp8 = problem.dtype == ScalarType::kFloat8E4m3;
+  against(!runs || (fp8 && device.arch != 90),
+          device.arch == 0 ? "the tensors are not on a CUDA device"
+                           : std::string(fp8 ? "FP8 kernels that read a KV cache" : "kernels that read a KV cache") +
+                                 " need compute capability " + (fp8 || problem.backend == "sm90" ? "9.0" : "8.0 or later") +
+                                 ", this GPU has " + std::to_string(device.arch / 10) + "." + std::to_string(device.arch % 10));
+  const bool kernel_dtype = fp8 || problem.dtype == ScalarType::kFloat16 || problem.dtype == ScalarType::kBFloat16;
+  against(!kernel_dtype, std::string("no compiled kernel takes ") + dtype_name(problem.dtype));
+  const int step = fp8 ? 16 : 8;
+  against(head_dim % step != 0 || head_dim_v % step != 0,
+          "head dims must be multiples of " + std::to_string(step) + ", got " + std::to_string(head_dim) + " and " +
+              std::to_string(head_dim_v));
+  against(problem.block_scales && problem.leftpad, "no kernel has scales of 64 rows of a cache with leftpad_k");
   against(problem.rotary_dim % 16 != 0, "rotary_dim must be a multiple of 16, got " + std::to_string(problem.rotary_dim));
-  if (problem.dtype == ScalarType::kFloat16 || problem.dtype == ScalarType::kBFloat16) {
+  if (kernel_dtype) {
     for (const auto& [name, cache] : {std::pair{"k_cache", &problem.k_cache}, std::pair{"v_cache", &problem.v_cache}}) {
       const char* reason = why_copied(*cache, problem.dtype);  // a cache is never copied
       against(reason != nullptr, std::string(name) + ": " + (reason == nullptr ? "" : reason));
@@ -133,7 +141,7 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
     if (plan.variant == nullptr && allows(problem, device, group)) plan.variant = find_row(problem, group);
   }
   const bool has_steps = plan_kvcache_step(Op::k_append_kv, problem.dtype, head_dim_v, device) != nullptr &&
-                         plan_kvcache_step(Op::k_combine, problem.dtype, head_dim_v, device) != nullptr;
+                         plan_kvcache_step(Op::k_combine, problem.out_dtype, head_dim_v, device) != nullptr;
   against(plan.variant == nullptr || !has_steps, "this build has no kernel for such a cache with head dims " +
                                                      std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
   if (plan.variant != nullptr) {

@@ -22,6 +22,8 @@ struct CacheProblem {
   double softmax_scale = 1;
   int64_t num_splits = 0;  // 0: chosen on the device
   std::string backend;     // asked for by name; empty: any
+  ScalarType out_dtype = dtype;  // another one where that is e4m3
+  bool block_scales = false;     // of e4m3 keys or values: one for every 64 rows
 
   int64_t batch() const { return q.sizes[0]; }
   int64_t seqlen_q() const { return q.sizes[1]; }

@@ -38,6 +38,8 @@ const char* op_name(Op op) {
     case Op::k_fwd_mla_gather: return "fwd_mla_gather";
     case Op::k_quantize_fp8: return "quantize_fp8";
     case Op::k_fwd_fp8: return "fwd_fp8";
+    case Op::k_fwd_fp8_cache: return "fwd_fp8_cache";
+    case Op::k_fwd_fp8_cache_gather: return "fwd_fp8_cache_gather";
   }
   return "";
 }

@@ -25,7 +25,9 @@ enum class Op : uint8_t {
   k_fwd_mla,
   k_fwd_mla_gather,
   k_quantize_fp8,
-  k_fwd_fp8
+  k_fwd_fp8,
+  k_fwd_fp8_cache,
+  k_fwd_fp8_cache_gather
 };
 
 // In the order of generality: a mask can stand in for every one before it; but k_blocks, which needs lists, and

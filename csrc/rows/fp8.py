@@ -20,6 +20,11 @@ KERNELS = {
     ("fwd_fp8", "sm90"): Kernel(
         "fwd_fp8", "sm90/fwd_fp8.cuh", "FwdFp8Params", "sm90::fp8::flash_fwd_fp8_sm90", "sm90::fp8::launch_fwd_fp8"
     ),
+} | {
+    (op, "sm90"): Kernel(
+        op, "sm90/fwd_fp8_cache.cuh", "FwdFp8CacheParams", "sm90::fp8::flash_fwd_fp8_cache", "sm90::fp8::launch_fwd_fp8_cache"
+    )
+    for op in ("fwd_fp8_cache", "fwd_fp8_cache_gather")
 }
 
 
@@ -104,5 +109,23 @@ def _fwd_fp8_sm89() -> list[Variant]:
     ]
 
 
+# Over a cache: head_dim -> keys of a tile, and with modified scores.
+FWD_FP8_CACHE_BLOCK_N = {64: (128, 128), 128: (128, 128), 256: (128, 64)}
+
+
+def _fwd_fp8_cache() -> list[Variant]:
+    """The forward over a cache, as rows.kvcache has it: keys by TMA or gathered, causal or everything; all kinds of scales."""
+    rows = []
+    for op, producer in (("fwd_fp8_cache", "Tma"), ("fwd_fp8_cache_gather", "Gather")):
+        for (dim, tiles), (mask, score) in product(
+            FWD_FP8_CACHE_BLOCK_N.items(), (("causal", "PlainScore"), ("local", "ModifiedScore"))
+        ):
+            policies = f"flash_ext::{CXX_MASK[mask]}, flash_ext::{score}, flash_ext::sm90::fp8::Fp8Cache{producer}Producer"
+            config = f"sm90::fp8::FwdFp8CacheConfig<{dim}, {policies}>"
+            scored = score == "ModifiedScore"
+            rows.append(Variant(op, "sm90", "e4m3", dim, dim, mask, 64, tiles[scored], config, scored=scored))
+    return rows
+
+
 def rows() -> list[Variant]:
-    return [*_quantize_fp8(), *_fwd_fp8_sm90(), *_fwd_fp8_sm89()]
+    return [*_quantize_fp8(), *_fwd_fp8_sm90(), *_fwd_fp8_sm89(), *_fwd_fp8_cache()]

@@ -73,7 +73,7 @@ class Variant:
         """The translation unit that holds this row: rows of one kernel source, dtype, architecture and size together."""
         if self.op.startswith("fwd_mla"):
             return f"fwd_mla_{self.arch}_{self.dtype}"
-        if self.op.startswith("fwd_cache"):
+        if self.op.startswith(("fwd_cache", "fwd_fp8_cache")):
             return f"{self.op}_{self.arch}_{self.dtype}"
         if self.op == "fwd_fp8":
             return f"{self.op}_{self.arch}_{self.kind}" + "_large" * (self.head_dim > 128) + "_scored" * self.scored

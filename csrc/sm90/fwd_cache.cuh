@@ -32,8 +32,8 @@ struct CacheTile<256> {
 
 // The order of copies that every producer keeps, as `produce` in fwd.cuh: K0 Q K1 V0 K2 V1 ... V(n-1). Loader: see below.
 // By whole warps, which all call it alike; warp 0 copies Q.
-template <class Config, class Loader>
-__device__ __forceinline__ void produce_cache(const FwdCacheParams& params, SharedStorage<Config>& shared, int warp,
+template <class Config, class Shared, class Loader>
+__device__ __forceinline__ void produce_cache(const typename Config::Params& params, Shared& shared, int warp,
                                               Loader&& loader) {
   const bool elected = warp == 0 && elect_one();
   RingState<Config::kStagesQ> q_state;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void produce_cache(const FwdCacheParams& params, Shar
     if (warp == 0) loader.before_waiting_for(&shared.q_ring.empty[q_state.stage], q_state.phase ^ 1);
     if (elected) {
       shared.q_ring.begin_fill(q_state, Config::kQueryTileBytes);
-      load_queries<Config::kBlockM, Config::kHeadDim>(params.q_tma, &shared.q_ring.full[q_state.stage],
+      load_queries<Config::kBlockM, Config::kColumns>(params.q_tma, &shared.q_ring.full[q_state.stage],
                                                       shared.q[q_state.stage], queries, CacheHint::kEvictFirst);
     }
     __syncwarp();
@@ -67,20 +67,20 @@ __device__ __forceinline__ void produce_cache(const FwdCacheParams& params, Shar
 
 // ---- by TMA ----
 
-template <class Config>
+template <class Config, class Shared>
 struct CacheTmaLoader {
   const FwdCacheParams& params;
-  SharedStorage<Config>& shared;
+  Shared& shared;
   int lane;
   bool elected;
   RingState<Config::kStages> k_state, v_state;
 
   __device__ __forceinline__ void load_k(const QueryTile& queries, int n_block) {
-    load<Config::kHeadDim>(params.k_tma, shared.k_ring, k_state, shared.k[k_state.stage], Config::kKeyTileBytes, queries,
+    load<Config::kColumns>(params.k_tma, shared.k_ring, k_state, shared.k[k_state.stage], Config::kKeyTileBytes, queries,
                            n_block * Config::kBlockN);
   }
   __device__ __forceinline__ void load_v(const QueryTile& queries, int n_block) {
-    load<Config::kHeadDimV>(params.v_tma, shared.v_ring, v_state, shared.v[v_state.stage], Config::kValueTileBytes, queries,
+    load<Config::kColumnsV>(params.v_tma, shared.v_ring, v_state, shared.v[v_state.stage], Config::kValueTileBytes, queries,
                             n_block * Config::kBlockN);
   }
   // Every copy that was issued is waited for by a consumer, and says itself when it is done.
@@ -124,10 +124,11 @@ struct CacheTmaLoader {
 
 struct CacheTmaProducer {
   static constexpr int kArrivals = 1;
-  template <class Config>
-  __device__ __forceinline__ static void run(const FwdCacheParams& params, SharedStorage<Config>& shared, int warp) {
+  template <class Config, class Shared>
+  __device__ __forceinline__ static void run(const typename Config::Params& params, Shared& shared, int warp) {
     if (warp == 0) {
-      produce_cache<Config>(params, shared, warp, CacheTmaLoader<Config>{params, shared, read_lane(), elect_one(), {}, {}});
+      produce_cache<Config>(params, shared, warp,
+                            CacheTmaLoader<Config, Shared>{params, shared, read_lane(), elect_one(), {}, {}});
     }
   }
 };
@@ -137,25 +138,27 @@ struct CacheTmaProducer {
 // A thread's copies become visible to wgmma when it has waited for them, fenced and arrived on the full barrier. It does
 // that kLag tiles later, so that several tiles are under way; but never waits for a free buffer before it has, since the
 // consumers may be waiting for just those tiles.
-template <class Config>
+template <class Config, class Shared>
 struct CacheGatherLoader {
   static constexpr int kLag = 3;
-  static constexpr int kRowsOfWarp = Config::kBlockN / 4;
-  static_assert(kRowsOfWarp <= 32, "a lane looks up one row");
+  static constexpr int kRowsOfWarp = Config::kBlockN / Config::kGatheringWarps;
+  static constexpr int kRowsAtOnce = min_of(32, kRowsOfWarp);  // a lane looks up one row at a time
   const FwdCacheParams& params;
-  SharedStorage<Config>& shared;
+  Shared& shared;
   int warp, lane;
   RingState<Config::kStages> k_state, v_state;
   uint32_t unsignalled[kLag] = {};  // full barriers, oldest first; 0: none
 
   __device__ __forceinline__ void load_k(const QueryTile& queries, int n_block) {
     before_waiting_for(&shared.k_ring.empty[k_state.stage], k_state.phase ^ 1);
-    load<Config::kHeadDim>(static_cast<const typename Config::Element*>(params.k), params.k_strides, params.head_dim,
-                           shared.k_ring, k_state, shared.k[k_state.stage], queries, n_block);
+    load<Config::kColumns>(static_cast<const typename Config::Element*>(params.k), params.k_strides,
+                           params.head_dim / Config::kElementsPerColumn, shared.k_ring, k_state, shared.k[k_state.stage],
+                           queries, n_block);
   }
   __device__ __forceinline__ void load_v(const QueryTile& queries, int n_block) {
     before_waiting_for(&shared.v_ring.empty[v_state.stage], v_state.phase ^ 1);
-    load<Config::kHeadDimV>(static_cast<const typename Config::Element*>(params.v), params.v_strides, params.head_dim_v,
+    load<Config::kColumnsV>(static_cast<const typename Config::Element*>(params.v), params.v_strides,
+                            params.head_dim_v / Config::kElementsPerColumn,
                             shared.v_ring, v_state, shared.v[v_state.stage], queries, n_block);
   }
   __device__ __forceinline__ void before_waiting_for(uint64_t* barrier, uint32_t parity) {
@@ -175,28 +178,31 @@ struct CacheGatherLoader {
   }
 
   template <int kColumns>
-  __device__ __forceinline__ void load(const typename Config::Element* cache, const RowStrides& strides, int head_dim,
+  __device__ __forceinline__ void load(const typename Config::Element* cache, const RowStrides& strides, int columns,
                                        RingBarriers<Config::kStages>& ring, RingState<Config::kStages>& state, uint8_t* tile,
                                        const QueryTile& queries, int n_block) {
-    constexpr int kPieces = kColumns / 8, kRowsAtOnce = 32 / kPieces;
+    constexpr int kPieces = kColumns / 8, kRowsOfPass = 32 / kPieces;
     static_assert(32 % kPieces == 0, "a pass of a warp covers whole rows");
     mbarrier_wait(&ring.empty[state.stage], state.phase ^ 1);
-    // Lane i finds the place of the warp's row i; rows beyond the sequence become zeros.
     const RowRange& range = queries.sequence.k;
-    const int first_row = warp * kRowsOfWarp;
-    const int row = n_block * Config::kBlockN + first_row + lane % kRowsOfWarp;
-    const KvPlace place = place_of(params.places, queries.index, range.first_row + row);
-    const int64_t offset = row < range.num_rows ? place.block * strides.batch + place.row * strides.row : -1;
     const int column = lane % kPieces * 8;
     const typename Config::Element* source = cache + queries.head_kv * strides.head + column;
     const uint32_t target = shared_address(tile);
+#pragma unroll 1
+    for (int group = 0; group < kRowsOfWarp / kRowsAtOnce; ++group) {
+      // Lane i finds the place of the i-th of the rows; those beyond the sequence become zeros.
+      const int first_row = warp * kRowsOfWarp + group * kRowsAtOnce;
+      const int row = n_block * Config::kBlockN + first_row + lane % kRowsAtOnce;
+      const KvPlace place = place_of(params.places, queries.index, range.first_row + row);
+      const int64_t offset = row < range.num_rows ? place.block * strides.batch + place.row * strides.row : -1;
 #pragma unroll 4
-    for (int pass = 0; pass < kRowsOfWarp / kRowsAtOnce; ++pass) {
-      const int row_of_warp = pass * kRowsAtOnce + lane / kPieces;
-      const int64_t row_offset = __shfl_sync(0xffffffffu, offset, row_of_warp);
-      const bool read = row_offset >= 0 && column < head_dim;
-      cp_async_16_bytes(target + tile_offset(Config::kBlockN, first_row + row_of_warp, column),
-                        read ? source + row_offset : static_cast<const typename Config::Element*>(cache), read);
+      for (int pass = 0; pass < kRowsAtOnce / kRowsOfPass; ++pass) {
+        const int row_of_group = pass * kRowsOfPass + lane / kPieces;
+        const int64_t row_offset = __shfl_sync(0xffffffffu, offset, row_of_group);
+        const bool read = row_offset >= 0 && column < columns;
+        cp_async_16_bytes(target + tile_offset(Config::kBlockN, first_row + row_of_group, column),
+                          read ? source + row_offset : static_cast<const typename Config::Element*>(cache), read);
+      }
     }
     cp_async_commit();
     const uint32_t oldest = unsignalled[0];
@@ -214,9 +220,9 @@ struct CacheGatherLoader {
 
 struct CacheGatherProducer {
   static constexpr int kArrivals = kThreadsPerWarpgroup;
-  template <class Config>
-  __device__ __forceinline__ static void run(const FwdCacheParams& params, SharedStorage<Config>& shared, int warp) {
-    produce_cache<Config>(params, shared, warp, CacheGatherLoader<Config>{params, shared, warp, read_lane(), {}, {}});
+  template <class Config, class Shared>
+  __device__ __forceinline__ static void run(const typename Config::Params& params, Shared& shared, int warp) {
+    produce_cache<Config>(params, shared, warp, CacheGatherLoader<Config, Shared>{params, shared, warp, read_lane(), {}, {}});
   }
 };
 
@@ -234,6 +240,9 @@ struct CacheConfig : CacheTile<kHeadDim_> {
   using Output = CacheOutput<Element>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDim_;
+  // For the loaders: of 16 bits, as the maps count.
+  static constexpr int kColumns = kHeadDim, kColumnsV = kHeadDimV, kElementsPerColumn = 1;
+  static constexpr int kGatheringWarps = 4;
   static constexpr int kNumConsumers = Tile::kBlockM / kRowsPerWarpgroup;
   static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
   static constexpr int kMinBlocksPerSm = 1;
@@ -256,17 +265,15 @@ __device__ __forceinline__ void flash_fwd_cache(const FwdCacheParams& params) {
   flash_fwd_sm90<Config>(params);
 }
 
-// kernel: the variant's entry, an instance of flash_fwd_cache<Config>. Sizes, dtype and alignment have been checked.
-template <class Config, class Kernel>
-cudaError_t launch_fwd_cache(Kernel* kernel, FwdCacheParams params, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
-  static_assert(kSharedBytes <= kMaxSharedBytes, "a Hopper CTA has at most 227 KB of shared memory");
-
+// Params: FwdCacheParams or what has it as its base; strides and columns as the loaders count.
+template <class Config, class Kernel, class Params>
+cudaError_t launch_cache_kernel(Kernel* kernel, Params params, int shared_bytes, cudaStream_t stream) {
+  const int columns = params.head_dim / Config::kElementsPerColumn, columns_v = params.head_dim_v / Config::kElementsPerColumn;
   params.by_items = make_divisor(params.items_per_part);
   params.by_m_blocks = make_divisor(params.num_m_blocks);
   cudaError_t status = encode_tma_queries(&params.q_tma,
                                           {params.q, params.q_strides, params.batch, params.seqlens_q.num_rows,
-                                           params.num_heads, params.head_dim, Config::kBlockM},
+                                           params.num_heads, columns, Config::kBlockM},
                                           params.num_heads / params.num_heads_kv, params.heads_per_tile);
   // Without keys nothing is copied, and the maps of empty tensors do not exist.
   if (Config::Producer::kArrivals == 1 && params.seqlens_k.num_rows > 0) {
@@ -274,23 +281,31 @@ cudaError_t launch_fwd_cache(Kernel* kernel, FwdCacheParams params, cudaStream_t
     const int box = places.page_table != nullptr ? min_of(Config::kBlockN, places.rows) : Config::kBlockN;
     if (status == cudaSuccess) {
       status = encode_tma_rows(&params.k_tma, {params.k, params.k_strides, places.num_blocks, places.rows,
-                                               params.num_heads_kv, params.head_dim, box},
+                                               params.num_heads_kv, columns, box},
                                true);
     }
     if (status == cudaSuccess) {
       status = encode_tma_rows(&params.v_tma, {params.v, params.v_strides, places.num_blocks, places.rows,
-                                               params.num_heads_kv, params.head_dim_v, box},
+                                               params.num_heads_kv, columns_v, box},
                                true);
     }
   }
   if (status != cudaSuccess) return status;
 
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
   // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
   void* arguments[] = {&params};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(params.num_ctas), dim3(Config::kNumThreads), arguments,
-                          kSharedBytes, stream);
+                          shared_bytes, stream);
+}
+
+// kernel: the variant's entry, an instance of flash_fwd_cache<Config>. Sizes, dtype and alignment have been checked.
+template <class Config, class Kernel>
+cudaError_t launch_fwd_cache(Kernel* kernel, const FwdCacheParams& params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a Hopper CTA has at most 227 KB of shared memory");
+  return launch_cache_kernel<Config>(kernel, params, kSharedBytes, stream);
 }
 
 }  // namespace flash_ext::sm90

@@ -60,6 +60,72 @@ struct Tile {
   static constexpr int kBlockN = kHeadDim > 128 ? (kScored ? 64 : 128) : !kFlushes ? 224 : kHeadDim == 64 ? 192 : 128;
 };
 
+// The scales of one head of a sequence. kBlocks: there may be one for each 64 rows.
+template <bool kBlocks>
+struct SequenceScale {
+  const float* first;  // null: 1
+  int last;            // block of 64 rows that exists
+  int step;
+
+  // Of a head of q.
+  __device__ __forceinline__ SequenceScale(const Descale& descale, const SeqlenParams& seqlens, const QueryTile& queries,
+                                           int head)
+      : SequenceScale(descale, seqlens, queries.index, head, queries.sequence.q.num_rows, 0) {}
+  // Of the tile's head of k or v. Parts of the keys begin with a block where there is more than one.
+  __device__ __forceinline__ SequenceScale(const Descale& descale, const FwdParams& params, const QueryTile& queries)
+      : SequenceScale(descale, params.seqlens_k, queries.index, queries.head_kv, queries.sequence.k.num_rows,
+                      params.num_splits > 1 ? params.split_boundaries[queries.part] / kRowsPerScale : 0) {}
+
+  __device__ __forceinline__ float at(int block) const {
+    return first == nullptr ? 1.f : __ldg(first + (kBlocks ? min_of(block, last) * step : 0));
+  }
+
+ private:
+  __device__ __forceinline__ SequenceScale(const Descale& descale, const SeqlenParams& seqlens, int sequence, int head,
+                                           int num_rows, int first_block)
+      : first(descale.data), last(max_of(0, num_rows - 1) / kRowsPerScale), step(kBlocks ? descale.block_step : 0) {
+    if (first == nullptr) return;
+    // Blocks of packed sequences stand on their line of slots.
+    const bool on_slots = step != 0 && seqlens.cu_seqlens != nullptr;
+    first += (on_slots ? first_slot(seqlens, sequence, kRowsPerScale) : sequence * descale.batch_stride) +
+             head / descale.heads_per_scale * descale.head_stride + first_block * step;
+  }
+};
+
+// Four neighbouring columns of a finished row.
+__device__ __forceinline__ uint2 pack_output(const float (&x)[4], bool fp16) {
+  if (fp16) return {pack_pair<__half>(x[0], x[1]), pack_pair<__half>(x[2], x[3])};
+  return {pack_pair<__nv_bfloat16>(x[0], x[1]), pack_pair<__nv_bfloat16>(x[2], x[3])};
+}
+
+// Output policy: four neighbouring columns of a row at a time.
+struct Fp8DenseOutput {
+  DenseOutput<uint16_t> output;
+  bool fp16;
+  uint16_t* out = nullptr;
+
+  __device__ __forceinline__ Fp8DenseOutput(const FwdFp8Params& params, const QueryTile& tile, int first_row)
+      : Fp8DenseOutput(params, params.out_is_fp16, tile, first_row) {}
+  __device__ __forceinline__ Fp8DenseOutput(const FwdParams& params, bool fp16, const QueryTile& tile, int first_row)
+      : output(params, tile, first_row), fp16(fp16) {}
+
+  __device__ __forceinline__ void store_lse(const float (&values)[2], int lane) { output.store_lse(values, lane); }
+  // The row, which exists, that the next columns belong to.
+  __device__ __forceinline__ void begin_row(const QueryTile& tile, int row) {
+    out = output.out + tile.position(row) * output.row_stride + tile.head_in_group(row) * output.head_stride;
+  }
+  __device__ __forceinline__ void store(int column, const float (&x)[4]) const {
+    *reinterpret_cast<uint2*>(out + column) = pack_output(x, fp16);
+  }
+};
+
+// Producer policy: what warp 0 of the producer does; the others transpose.
+struct Fp8TmaProducer {
+  static constexpr int kArrivals = 1;  // on a full barrier of K or V, beside the bytes
+  template <class Config, class Shared>
+  __device__ __forceinline__ static void run(const FwdFp8Params& params, Shared& shared);
+};
+
 template <int kHeadDim_, class Mask_, class Score_, class Scales_, class Sums_>
 struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
   using Mask = Mask_;
@@ -67,13 +133,18 @@ struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
   using Tiles = RangeTiles<Mask>;
   using Params = FwdFp8Params;
   using Work = ScheduledWork;
+  using Producer = Fp8TmaProducer;
+  using Output = Fp8DenseOutput;
+  using KeyScale = SequenceScale<Scales_::kPerBlock>;
   using Shape = Tile<kHeadDim_, Score_, Sums_>;
   static constexpr int kHeadDim = kHeadDim_;  // the largest of head_dim and head_dim_v: TMA fills other columns with zeros
   static constexpr int kBlockM = 128;
   static constexpr int kNumConsumers = kBlockM / kRowsPerWarpgroup;
   static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
   static constexpr int kMinBlocksPerSm = 1;
+  static constexpr bool kMovesRegisters = true;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kRowScales = 1;  // of q, among a thread's two rows
   static constexpr int kStages = 2;
   static constexpr int kTileRowBytes = num_byte_slabs(kHeadDim) * kSlabBytes;
   static constexpr int kQueryTileBytes = kBlockM * kTileRowBytes;
@@ -88,7 +159,7 @@ struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
 
 template <class Config>
 struct SharedStorage {
-  alignas(kSwizzleGroupBytes) uint8_t q[Config::kQueryTileBytes];
+  alignas(kSwizzleGroupBytes) uint8_t q[1][Config::kQueryTileBytes];
   alignas(kSwizzleGroupBytes) uint8_t k[Config::kStages][Config::kKeyTileBytes];
   alignas(kSwizzleGroupBytes) uint8_t v[Config::kStages][Config::kKeyTileBytes];
   alignas(kSwizzleGroupBytes) uint8_t v_transposed[Config::kStages][Config::kTransposedTileBytes];
@@ -105,8 +176,8 @@ struct SharedStorage {
 
 constexpr int kTransposingWarps = 3;
 
-template <class Config>
-__device__ __forceinline__ void produce(const FwdFp8Params& params, SharedStorage<Config>& shared) {
+template <class Config, class Shared>
+__device__ __forceinline__ void Fp8TmaProducer::run(const FwdFp8Params& params, Shared& shared) {
   const bool elected = elect_one();
   constexpr int kColumns = Config::kHeadDim / 2;  // as the maps count: pairs of e4m3
   RingState<1> q_state;
@@ -123,7 +194,7 @@ __device__ __forceinline__ void produce(const FwdFp8Params& params, SharedStorag
     };
     load(shared.k_ring, k_state, shared.k[0], params.k_tma, 0);
     shared.q_ring.begin_fill(q_state, Config::kQueryTileBytes);
-    load_queries<Config::kBlockM, kColumns>(params.q_tma, &shared.q_ring.full[0], shared.q, queries, CacheHint::kEvictFirst);
+    load_queries<Config::kBlockM, kColumns>(params.q_tma, &shared.q_ring.full[0], shared.q[0], queries, CacheHint::kEvictFirst);
     q_state.advance();
     // V is transposed before it is used: its copy runs as far ahead as that of K.
     load(shared.v_ring, v_state, shared.v[0], params.v_tma, 0);
@@ -157,7 +228,7 @@ __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int
 }
 
 template <class Config>
-__device__ __forceinline__ void transpose(const FwdFp8Params& params, SharedStorage<Config>& shared, int warp) {
+__device__ __forceinline__ void transpose(const typename Config::Params& params, SharedStorage<Config>& shared, int warp) {
   const int lane = threadIdx.x % 32;
   RingState<Config::kStages> state;  // copies and transposed tiles have as many stages
   for_each_item<Config>(params, lane, [&](const QueryTile&, const KeyTiles& tiles) {
@@ -177,36 +248,9 @@ __device__ __forceinline__ void transpose(const FwdFp8Params& params, SharedStor
 
 // ---- consumers: 64 rows each ----
 
-// The scales of one head of a sequence. kBlocks: there may be one for each 64 rows.
-template <bool kBlocks>
-struct Scale {
-  const float* first;  // null: 1
-  int last;            // block of 64 rows that exists
-  int step;
-
-  // first_block: where the rows begin, for parts of the keys.
-  __device__ __forceinline__ Scale(const Descale& descale, const SeqlenParams& seqlens, int sequence, int head, int num_rows,
-                                   int first_block = 0)
-      : first(descale.data), last(max_of(0, num_rows - 1) / kRowsPerScale), step(kBlocks ? descale.block_step : 0) {
-    if (first == nullptr) return;
-    // Blocks of packed sequences stand on their line of slots.
-    const bool on_slots = step != 0 && seqlens.cu_seqlens != nullptr;
-    first += (on_slots ? first_slot(seqlens, sequence, kRowsPerScale) : sequence * descale.batch_stride) +
-             head / descale.heads_per_scale * descale.head_stride + first_block * step;
-  }
-  __device__ __forceinline__ float at(int block) const {
-    return first == nullptr ? 1.f : __ldg(first + (kBlocks ? min_of(block, last) * step : 0));
-  }
-};
-
-// Four neighbouring columns of a finished row.
-__device__ __forceinline__ uint2 pack_output(const float (&x)[4], bool fp16) {
-  if (fp16) return {pack_pair<__half>(x[0], x[1]), pack_pair<__half>(x[2], x[3])};
-  return {pack_pair<__nv_bfloat16>(x[0], x[1]), pack_pair<__nv_bfloat16>(x[2], x[3])};
-}
-
 template <class Config>
-__device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorage<Config>& shared, int warpgroup) {
+__device__ __forceinline__ void consume(const typename Config::Params& params, SharedStorage<Config>& shared,
+                                        int warpgroup) {
   using Score = typename Config::Score;
   using Shared = SharedStorage<Config>;
   constexpr int kNumAccS = Config::kBlockN / 2;
@@ -214,6 +258,8 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
   constexpr int kAccPerSegment = kNumAccS / Config::kSegments;
   constexpr int kNumPartial = Config::kFlushes ? kNumAccO / Config::kParts : 1;
   constexpr int kTurnThreads = 2 * kThreadsPerWarpgroup;
+  constexpr bool kTakesTurns = Config::kOverlaps && Config::kNumConsumers > 1;
+  constexpr int kRowScales = Config::kRowScales;
   const int thread = threadIdx.x % kThreadsPerWarpgroup;
   const int lane = thread % 32;
   const bool elected = lane == 0;
@@ -290,7 +336,7 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
   };
 
   // The first turn is warpgroup 0's.
-  if (Config::kOverlaps && warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
+  if (kTakesTurns && warpgroup == Config::kNumConsumers - 1) named_barrier_arrive(next_turn, kTurnThreads);
 
   for_each_item<Config>(params, lane, [&](const QueryTile& queries, const KeyTiles& tiles) {
     const Sequence& sequence = queries.sequence;
@@ -299,22 +345,28 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
     for (float& x : acc_o) x = 0.f;
     const int rows[2] = {warp_row + acc_row(lane, 0), warp_row + acc_row(lane, 1)};
     const Score score(params.score, sequence.k, queries.index, queries.head_kv,
-                      {queries.head(rows[0]), queries.head(rows[1])});
+                      {queries.existing_head(rows[0]), queries.existing_head(rows[1])});
 
-    // Parts of the keys begin with a block where there is more than one.
-    const int first_block = params.num_splits > 1 ? params.split_boundaries[queries.part] / kRowsPerScale : 0;
-    const Scale<true> q_scales(params.q_descale, params.seqlens_q, queries.index, queries.head(0), sequence.q.num_rows);
-    const Scale<Config::kPerBlock> k_scales(params.k_descale, params.seqlens_k, queries.index, queries.head_kv,
-                                            sequence.k.num_rows, first_block);
-    const Scale<Config::kPerBlock> v_scales(params.v_descale, params.seqlens_k, queries.index, queries.head_kv,
-                                            sequence.k.num_rows, first_block);
-    const float q_scale = (Score::kModifies ? 1.f : folded.log2_scale) *
-                          q_scales.at((queries.first_position + warpgroup * kRowsPerWarpgroup) / kRowsPerScale);
-    float scales[Config::kSegments];   // of q.k; log2 units where the score is plain
-    float weights[Config::kSegments];  // of weights, kPerBlock: V's scale relative to v_scale
-    float v_scale = 0.f;               // what acc_o is in units of; kPerBlock: the largest so far
+    const typename Config::KeyScale k_scales(params.k_descale, params, queries), v_scales(params.v_descale, params, queries);
+    float q_scale[kRowScales];
+#pragma unroll
+    for (int row = 0; row < kRowScales; ++row) {
+      // A warpgroup's queries share a scale, or each row has its own.
+      const int first = kRowScales == 1 ? warpgroup * kRowsPerWarpgroup : rows[row];
+      const SequenceScale<true> scale(params.q_descale, params.seqlens_q, queries,
+                                      kRowScales == 1 ? queries.head(0) : queries.existing_head(first));
+      const int position = kRowScales == 1 ? queries.first_position + first : queries.position(first);
+      q_scale[row] = (Score::kModifies ? 1.f : folded.log2_scale) * scale.at(position / kRowsPerScale);
+    }
+    float scales[kRowScales][Config::kSegments];  // of q.k; log2 units where the score is plain
+    float weights[Config::kSegments];             // of weights, kPerBlock: V's scale relative to v_scale
+    float v_scale = 0.f;                          // what acc_o is in units of; kPerBlock: the largest so far
+    const auto scale_scores = [&](int segment, float k_scale) {
+#pragma unroll
+      for (int row = 0; row < kRowScales; ++row) scales[row][segment] = q_scale[row] * k_scale;
+    };
     if constexpr (!Config::kPerBlock) {
-      scales[0] = q_scale * k_scales.at(0);
+      scale_scores(0, k_scales.at(0));
       v_scale = v_scales.at(0);
     }
     // Reads the scales of a tile; returns what acc_o is to be multiplied with because v_scale has grown.
@@ -323,7 +375,7 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
         const float before = v_scale;
 #pragma unroll
         for (int segment = 0; segment < Config::kSegments; ++segment) {
-          scales[segment] = q_scale * k_scales.at(n_block * Config::kSegments + segment);
+          scale_scores(segment, k_scales.at(n_block * Config::kSegments + segment));
           weights[segment] = v_scales.at(n_block * Config::kSegments + segment);
           v_scale = fmaxf(v_scale, weights[segment]);
         }
@@ -369,7 +421,7 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
       float rescale[2];
       if constexpr (Score::kModifies) {
 #pragma unroll
-        for (int i = 0; i < kNumAccS; ++i) acc_s[i] *= scales[i / kAccPerSegment];
+        for (int i = 0; i < kNumAccS; ++i) acc_s[i] *= scales[acc_half(i) % kRowScales][i / kAccPerSegment];
         const int from = sequence.diagonal - n_block * Config::kBlockN - acc_first_col(lane);
         score.template modify<Config::kBlockN>(
             acc_s, biases, {queries.position(rows[0]) + from, queries.position(rows[1]) + from}, lane);
@@ -403,11 +455,11 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
       const float growth = load_scales(n_block);
       const Biases biases = score.template load_tile<Config::kBlockN>(sequence.k, n_block, lane);
       shared.k_ring.wait_full(k_state);
-      named_barrier_sync(my_turn, kTurnThreads);
+      if constexpr (kTakesTurns) named_barrier_sync(my_turn, kTurnThreads);
       issue_scores();
       wait_transposed();
       issue_output(0);
-      named_barrier_arrive(next_turn, kTurnThreads);
+      if constexpr (kTakesTurns) named_barrier_arrive(next_turn, kTurnThreads);
       wgmma_wait<1>();
       const float2 rescale = take_scores(tile, biases, n_block, growth);
       complete_before_wait(softmax.row_sum[0] + softmax.row_sum[1]);
@@ -447,7 +499,7 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
     if (tiles.num_tiles > 0) {
       shared.q_ring.wait_full(q_state);
       if (!Score::kModifies && folded.changes_q()) {
-        rewrite_q<Config::kBlockM, num_byte_slabs(Config::kHeadDim)>(shared_address(shared.q), warpgroup, thread, folded.q_keep_bits,
+        rewrite_q<Config::kBlockM, num_byte_slabs(Config::kHeadDim)>(shared_address(shared.q[0]), warpgroup, thread, folded.q_keep_bits,
                           folded.q_flip_bits != 0 ? 0x80808080u : 0);
       }
       if constexpr (Config::kOverlaps) {
@@ -493,15 +545,14 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
     }
     softmax.finish(sinks, normalise, lse, largest);
     if (params.max_logit != nullptr) store_max_logit(params.max_logit, queries, warp_row, largest, lane);
-    DenseOutput<uint16_t> output(params, queries, warp_row);
+    typename Config::Output output(params, queries, warp_row);
     output.store_lse(lse, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (!queries.holds(rows[half])) continue;
       const bool empty = normalise[half] == 0.f;  // the hidden values that met its zero weights may have been NaN
       const float factor = normalise[half] * v_scale;
-      uint16_t* out = output.out + queries.position(rows[half]) * output.row_stride +
-                      queries.head_in_group(rows[half]) * output.head_stride + 4 * (lane % 4);
+      output.begin_row(queries, rows[half]);
 #pragma unroll
       for (int group = 0; group < Config::kHeadDim / 16; ++group) {
         if (group * 16 >= params.head_dim_v) break;
@@ -510,30 +561,30 @@ __device__ __forceinline__ void consume(const FwdFp8Params& params, SharedStorag
         for (int column = 0; column < 4; ++column) {
           x[column] = empty ? 0.f : acc_o[fp8_output_source(group, half, column)] * factor;
         }
-        *reinterpret_cast<uint2*>(out + group * 16) = pack_output(x, params.out_is_fp16);
+        output.store(group * 16 + 4 * (lane % 4), x);
       }
     }
   });
 
   // Takes the last signal of the ring, so that every arrival has met its wait.
-  if (Config::kOverlaps && warpgroup == 0) named_barrier_sync(my_turn, kTurnThreads);
+  if (kTakesTurns && warpgroup == 0) named_barrier_sync(my_turn, kTurnThreads);
 }
 
 template <class Config>
-__device__ __forceinline__ void flash_fwd_fp8_sm90(const FwdFp8Params& params) {
+__device__ __forceinline__ void flash_fwd_fp8_sm90(const typename Config::Params& params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 
   if (warp == 0 && elect_one()) {
     prefetch_tensor_map(params.q_tma.map);
-    if (params.seqlens_k.num_rows > 0) {
+    if (Config::Producer::kArrivals == 1 && params.seqlens_k.num_rows > 0) {
       prefetch_tensor_map(params.k_tma.map);
       prefetch_tensor_map(params.v_tma.map);
     }
     shared.q_ring.init(1, Config::kNumConsumers * 4);
-    shared.k_ring.init(1, Config::kNumConsumers * 4);
-    shared.v_ring.init(1, kTransposingWarps);
+    shared.k_ring.init(Config::Producer::kArrivals, Config::kNumConsumers * 4);
+    shared.v_ring.init(Config::Producer::kArrivals, kTransposingWarps);
     for (int stage = 0; stage < Config::kStages; ++stage) {
       mbarrier_init(&shared.transposed_full[stage], kTransposingWarps);
       mbarrier_init(&shared.transposed_empty[stage], Config::kNumConsumers * 4);
@@ -543,14 +594,14 @@ __device__ __forceinline__ void flash_fwd_fp8_sm90(const FwdFp8Params& params) {
   __syncthreads();
 
   if (warp < 4) {
-    decrease_registers<Config::kProducerRegisters>();
+    if constexpr (Config::kMovesRegisters) decrease_registers<Config::kProducerRegisters>();
     if (warp == 0) {
-      produce<Config>(params, shared);
+      Config::Producer::template run<Config>(params, shared);
     } else {
       transpose<Config>(params, shared, warp - 1);
     }
   } else {
-    increase_registers<Config::kConsumerRegisters>();
+    if constexpr (Config::kMovesRegisters) increase_registers<Config::kConsumerRegisters>();
     consume<Config>(params, shared, warp / 4 - 1);
   }
 }

@@ -30,6 +30,8 @@ struct MlaConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kHalfColumns = kHeadDimV / 2;
+  static constexpr int kColumns = kHeadDim, kColumnsV = kHeadDimV, kElementsPerColumn = 1;  // see CacheConfig
+  static constexpr int kGatheringWarps = 4;
   static constexpr int kNumConsumers = 2;
   static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
   static constexpr int kMinBlocksPerSm = 1;
@@ -70,7 +72,7 @@ struct SharedStorage<MlaConfig<Element, kHeadDim, kHeadDimV, Mask, Producer>> {
 // ---- producers: the order of produce_cache, without copies of V ----
 
 template <class Config>
-struct MlaTmaLoader : CacheTmaLoader<Config> {
+struct MlaTmaLoader : CacheTmaLoader<Config, SharedStorage<Config>> {
   __device__ __forceinline__ void load_k(const QueryTile& queries, int n_block) {
     load_group<kFirstHalf>(queries, n_block);
     load_group<kSecondHalf>(queries, n_block);
@@ -102,7 +104,7 @@ struct MlaTmaProducer {
 };
 
 template <class Config>
-struct MlaGatherLoader : CacheGatherLoader<Config> {
+struct MlaGatherLoader : CacheGatherLoader<Config, SharedStorage<Config>> {
   __device__ __forceinline__ void load_k(const QueryTile& queries, int n_block) {
     load_group<kFirstHalf>(queries, n_block);
     load_group<kSecondHalf>(queries, n_block);

@@ -33,7 +33,7 @@ def split(function: str, name: str, tensor: Tensor, dim: int, parts: int) -> tup
 
 
 def refuse_fp8(function: str, **tensors: Tensor) -> None:
-    """NotImplementedError for 8-bit floats, which flash-attn takes and flash_ext does not yet."""
+    """NotImplementedError for 8-bit floats, which flash-attn 2 does not take either; FlashAttention-3's functions do."""
     refuse(function, **{name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.dtype.itemsize == 1})
 
 

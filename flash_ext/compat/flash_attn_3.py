@@ -6,8 +6,12 @@ seqused_k, and in return_attn_probs, which returns (out, softmax_lse). Tensors a
 num_splits 0 and 1 (with a cache, any number) and pack_gqa only tune speed: the planner decides about both, and results do not
 depend on them.
 
-Errors: NotImplementedError, with name and value, for qv, q_descale, k_descale, v_descale, 8-bit floats, attention_chunk,
-num_splits > 1 and sm_margin; otherwise those of flash_ext.attention and flash_ext.attention_varlen.
+q, k and v (or a qkv) of float8_e4m3fn give a bfloat16 out and have no gradient; q_descale, k_descale and v_descale, their scales,
+are (batch, nheads_k) float32, or None for 1. Every kind that flash_ext.attention takes is taken here too. Where FlashAttention-3
+ignores scales of 16-bit tensors, here they are an error.
+
+Errors: NotImplementedError, with name and value, for qv, attention_chunk, num_splits > 1 and sm_margin; otherwise those of
+flash_ext.attention and flash_ext.attention_varlen.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from ..attention import attention
 from ..merge import merge_attention
 from ..varlen import attention_varlen
 from . import kvcache
-from .common import offsets, refuse, refuse_fp8, rows, split, window
+from .common import offsets, refuse, rows, split, window
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -62,11 +66,7 @@ def flash_attn_qkvpacked_func(
         out (batch, seqlen, nheads, headdim), or (out, softmax_lse (batch, nheads, seqlen)).
     """
     function = "flash_attn_3.flash_attn_qkvpacked_func"
-    refuse(
-        function, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
-        sm_margin=sm_margin or None,
-    )  # fmt: skip
-    refuse_fp8(function, qkv=qkv)
+    refuse(function, attention_chunk=attention_chunk or None, sm_margin=sm_margin or None)
     if num_heads_q is None or qkv.dim() == 5:
         q, k, v = split(function, "qkv without num_heads_q", qkv, 2, 3)
     elif qkv.dim() != 4:
@@ -77,8 +77,9 @@ def flash_attn_qkvpacked_func(
             raise ValueError(f"{function}: qkv.shape[2] must be num_heads_q + 2 * nheads_k, got {qkv.shape[2]} and {num_heads_q}")
         q, k, v = qkv.split([num_heads_q, num_heads_kv, num_heads_kv], dim=2)
     return attention(
-        rows(q), rows(k), rows(v), **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    )
+        rows(q), rows(k), rows(v), q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs),
+    )  # fmt: skip
 
 
 def flash_attn_func(
@@ -102,11 +103,11 @@ def flash_attn_func(
 ) -> Result:
     """FlashAttention-3's flash_attn_func: out (batch, seqlen_q, nheads, headdim_v), or (out, softmax_lse)."""
     function = "flash_attn_3.flash_attn_func"
-    _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin)
-    refuse_fp8(function, q=q, k=k, v=v)
+    _refuse(function, qv, attention_chunk, num_splits, sm_margin)
     return attention(
-        rows(q), rows(k), rows(v), **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    )
+        rows(q), rows(k), rows(v), q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs),
+    )  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -146,8 +147,7 @@ def flash_attn_varlen_func(
         (batch, nheads, seqlen_q).
     """
     function = "flash_attn_3.flash_attn_varlen_func"
-    _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin)
-    refuse_fp8(function, q=q, k=k, v=v)
+    _refuse(function, qv, attention_chunk, num_splits, sm_margin)
     batch_shape = None
     if cu_seqlens_q is None:
         batch_shape = q.shape[:2]
@@ -157,7 +157,8 @@ def flash_attn_varlen_func(
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     result = attention_varlen(
         rows(q), rows(k), rows(v), cu_seqlens_q=rows(cu_seqlens_q), cu_seqlens_k=rows(cu_seqlens_k), max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, seqused_q=rows(seqused_q), seqused_k=rows(seqused_k),
+        max_seqlen_k=max_seqlen_k, seqused_q=rows(seqused_q), seqused_k=rows(seqused_k), q_descale=q_descale,
+        k_descale=k_descale, v_descale=v_descale,
         **_options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs),
     )  # fmt: skip
     if batch_shape is None:
@@ -239,20 +240,19 @@ def flash_attn_with_kvcache(
     function = "flash_attn_3.flash_attn_with_kvcache"
     refuse(
         function, qv=qv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
-        scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
+        attention_chunk=attention_chunk or None, scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
     )  # fmt: skip
-    refuse_fp8(function, q=q, k_cache=k_cache, v_cache=v_cache)
-    result = kvcache.flash_attn_with_kvcache(
+    result = kvcache.attend(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
         softmax_scale=softmax_scale, causal=bool(causal), window_size=window(window_size), softcap=softcap if softcap > 0 else 0.0,
         rotary_interleaved=bool(rotary_interleaved), num_splits=num_splits, return_softmax_lse=bool(return_softmax_lse),
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
     return (*result, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else result
 
 
-def _refuse(function, qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, sm_margin) -> None:
+def _refuse(function, qv, attention_chunk, num_splits, sm_margin) -> None:
     refuse(
-        function, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-        attention_chunk=attention_chunk or None, num_splits=num_splits if num_splits > 1 else None, sm_margin=sm_margin or None,
+        function, qv=qv, attention_chunk=attention_chunk or None, num_splits=num_splits if num_splits > 1 else None,
+        sm_margin=sm_margin or None,
     )  # fmt: skip

@@ -53,6 +53,18 @@ def flash_attn_with_kvcache(
         out (batch, seqlen_q, num_heads, head_dim_v), with return_softmax_lse (out, lse), lse (batch, num_heads, seqlen_q).
     """
     refuse_fp8("flash_attn_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache)
+    return attend(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, rotary_interleaved=rotary_interleaved,
+        alibi_slopes=alibi_slopes, num_splits=num_splits, return_softmax_lse=return_softmax_lse,
+    )  # fmt: skip
+
+
+def attend(
+    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *,
+    softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, return_softmax_lse, **more,
+):  # fmt: skip
+    """flash_attn_with_kvcache for both versions; more: further arguments of flash_ext.attention_with_kvcache."""
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("flash_attn_with_kvcache: k and v need cache_seqlens, which says where they go")
@@ -63,5 +75,5 @@ def flash_attn_with_kvcache(
             cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, leftpad_k=cache_leftpad, page_table=block_table,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal,
             window_size=window(window_size), softcap=softcap if softcap > 0 else 0.0, softmax_scale=softmax_scale,
-            num_splits=num_splits, return_lse=return_softmax_lse, alibi_slopes=alibi_slopes,
+            num_splits=num_splits, return_lse=return_softmax_lse, **more,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import flash_ext
 import flash_ext.compat as compat
 from flash_ext.compat import bert_padding, flash_attn_3
 
@@ -310,12 +311,7 @@ REFUSED = {
         r"block_table=int32 tensor of shape \(1, 2\)",
     ),
     "fp8": (compat.flash_attn_func, (Q.to(torch.float8_e4m3fn),) * 3, {}, r"q=float8_e4m3fn tensor.*k=.*v="),
-    "fp8_version_3": (flash_attn_3.flash_attn_func, (Q.to(torch.float8_e4m3fn),) * 3, {}, r"q=float8_e4m3fn tensor"),
     "qv": (flash_attn_3.flash_attn_func, (Q, Q, Q), {"qv": Q}, r"qv=float32 tensor of shape \(1, 4, 2, 8\)"),
-    "descale": (
-        flash_attn_3.flash_attn_func, (Q, Q, Q), {"q_descale": torch.ones(1, 2), "v_descale": torch.ones(1, 2)},
-        r"q_descale=float32 tensor of shape \(1, 2\), v_descale=float32",
-    ),
     "chunk": (flash_attn_3.flash_attn_func, (Q, Q, Q), {"attention_chunk": 64}, r"attention_chunk=64"),
     "splits": (flash_attn_3.flash_attn_func, (Q, Q, Q), {"num_splits": 3}, r"num_splits=3"),
     "margin": (flash_attn_3.flash_attn_varlen_func, PACKED, {"sm_margin": 8}, r"flash_attn_3.flash_attn_varlen.*sm_margin=8"),
@@ -332,6 +328,41 @@ def test_what_is_not_supported_is_named(case):
     function, arguments, options, message = REFUSED[case]
     with pytest.raises(NotImplementedError, match=message):
         function(*arguments, **options)
+
+
+def test_fp8_of_version_3():
+    """e4m3 q, k and v with scales of (batch, nheads_k), in every function that has them."""
+    torch.manual_seed(0)
+    batch, seqlen, heads, heads_kv, dim = 2, 70, 4, 2, 16
+    q, k, v = (torch.randn(batch, seqlen, h, dim).to(torch.float8_e4m3fn) for h in (heads, heads_kv, heads_kv))
+    scales = {f"{name}_descale": torch.rand(batch, heads_kv) + 0.5 for name in "qkv"}
+    wide = [
+        t.float() * scales[f"{name}_descale"].repeat_interleave(t.shape[2] // heads_kv, 1)[:, None, :, None]
+        for t, name in ((q, "q"), (k, "k"), (v, "v"))
+    ]
+    expected, lse = flash_ext.attention(*wide, causal=True, return_lse=True)
+    close = dict(rtol=2**-8, atol=2**-8)
+    out, got_lse = flash_attn_3.flash_attn_func(q, k, v, causal=True, return_attn_probs=True, **scales)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, **close)
+    torch.testing.assert_close(got_lse, lse)
+    cu = offsets((seqlen,) * batch)
+    packed = [t.flatten(0, 1) for t in (q, k, v)]
+    out = flash_attn_3.flash_attn_varlen_func(*packed, cu, cu, seqlen, seqlen, causal=True, **scales)
+    torch.testing.assert_close(out.unflatten(0, (batch, seqlen)).float(), expected, **close)
+    joined = torch.cat((q, k, v), 2)
+    out = flash_attn_3.flash_attn_qkvpacked_func(joined, causal=True, num_heads_q=heads, **scales)
+    torch.testing.assert_close(out.float(), expected, **close)
+    out = flash_attn_3.flash_attn_with_kvcache(q, k, v, causal=True, **scales)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, **close)
+    caches, rows = (k.clone(), v.clone()), (k[:, -3:], v[:, -3:])
+    new = flash_attn_3.flash_attn_with_kvcache(q[:, -3:], *caches, *rows, cache_seqlens=67, causal=True, **scales)
+    torch.testing.assert_close(new.float(), expected[:, -3:], **close)
+    with pytest.raises(ValueError, match="q_descale, v_descale: only for float8_e4m3fn"):
+        flash_attn_3.flash_attn_func(Q, Q, Q, q_descale=torch.ones(1, 2), v_descale=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="k_descale: only for a float8_e4m3fn q and caches"):
+        flash_attn_3.flash_attn_with_kvcache(Q, Q, Q, k_descale=torch.ones(1, 2))
 
 
 def test_hints_are_taken():
