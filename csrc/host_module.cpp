@@ -70,7 +70,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       [](const std::string& device, const std::string& dtype, const PyLayout& q, const PyLayout& k, const PyLayout& v,
          double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
          const std::string& backend, int64_t num_sequences, int64_t num_parts, bool sinks, bool alibi, bool k_bias,
-         bool block_mask, bool deterministic, int64_t wanted) {
+         bool block_mask, bool deterministic, int64_t wanted, const std::string& pairs) {
         const FwdProblem problem{.dtype = dtype_from_name(dtype),
                                  .q = layout_from_python(q),
                                  .k = layout_from_python(k),
@@ -87,6 +87,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
                                  .sinks = sinks,
                                  .alibi = alibi,
                                  .k_bias = k_bias,
+                                 .pairs = pairs_from_name(pairs),
                                  .block_mask = block_mask,
                                  .backend = backend};
         return plan_to_python(plan(problem, device_info_from_name(device)));
@@ -95,7 +96,7 @@ void bind_plan(py::module_& m, const char* name, const char* doc) {
       py::arg("softmax_scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
       py::arg("backend"), py::arg("num_sequences") = -1, py::arg("num_parts") = 0, py::arg("sinks") = false,
       py::arg("alibi") = false, py::arg("k_bias") = false, py::arg("block_mask") = false,
-      py::arg("deterministic") = false, py::arg("wanted") = FwdProblem{}.wanted);
+      py::arg("deterministic") = false, py::arg("wanted") = FwdProblem{}.wanted, py::arg("pairs") = "auto");
 }
 
 void bind_fp8_plan(py::module_& m) {

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -251,6 +252,7 @@ Gradients bwd(std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, 
   FwdProblem problem = problem_from_inputs(inputs, backend);
   problem.deterministic = deterministic;
   problem.wanted = wanted;
+  if (const char* pairs = std::getenv("FLASH_EXT_BWD_PAIRS")) problem.pairs = pairs_from_name(pairs);
   const DeviceInfo& device = device_info_of(q);
   const FwdPlan plan = plan_bwd(problem, device);
   if (plan.variant == nullptr) {  // a backend that has a forward alone leaves the gradients to the reference too

@@ -119,12 +119,22 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
   return reasons;
 }
 
+// Rows of the backward whose items are two tiles of keys, for two CTAs.
+bool is_paired(const Variant& row) { return row.op == Op::k_bwd && std::string_view(row.kind) == "pair"; }
+int ctas_of_item(const Variant& row) { return is_paired(row) ? 2 : 1; }
+
+// Whether pairs may run a call.
+bool takes_pairs(const FwdProblem& problem, const DeviceInfo& device) {
+  if (device.num_sms < 2) return false;
+  return problem.pairs == Pairs::kAlways;
+}
+
 // Whether row a does less work than row b: fewer columns first, then the less general score, fewer gradients, the less general
-// mask, then the larger tile.
+// mask, then pairs, where they are taken at all, then the larger tile.
 bool is_smaller(const Variant& a, const Variant& b) {
   const auto cost = [](const Variant& row) {
     return std::tuple(row.head_dim + row.head_dim_v, static_cast<int>(row.score),
-                      !forms_dq_alone(row) && !forms_dkv_alone(row), static_cast<int>(row.mask), -row.smem_bytes);
+                      !forms_dq_alone(row) && !forms_dkv_alone(row), static_cast<int>(row.mask), !is_paired(row), -row.smem_bytes);
   };
   return cost(a) < cost(b);
 }
@@ -137,6 +147,7 @@ const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& p
   std::optional<unsigned> closest;
   for (const Variant& row : variants()) {
     if (row.op != op || row.arch != backend.arch || row.smem_bytes > device.smem_bytes) continue;
+    if (is_paired(row) && !takes_pairs(problem, device)) continue;
     const unsigned mismatch = mismatches(row, problem, wanted);
     if (mismatch == 0 && (smallest == nullptr || is_smaller(row, *smallest))) smallest = &row;
     if (!closest || std::popcount(mismatch) < std::popcount(*closest)) closest = mismatch;
@@ -197,15 +208,17 @@ void fill_launch(FwdPlan* plan, const FwdProblem& problem, const DeviceInfo& dev
   plan->num_splits = static_cast<int>(std::max<int64_t>(1, problem.num_parts));
   int64_t items;
   if (op == Op::k_bwd) {
-    items = num_key_items(problem, plan->variant->block_n);
+    const int64_t ctas = ctas_of_item(*plan->variant);
+    items = ctas * num_key_items(problem, ctas * plan->variant->block_n);
     plan->workspace_bytes = bwd_workspace_bytes(problem, *plan->variant, problem.deterministic);
   } else {
     plan->heads_per_tile = packs_heads ? heads_per_tile(problem, *plan->variant) : 1;
     items = num_items(problem, plan->variant->block_m / plan->heads_per_tile, plan->heads_per_tile);
   }
   // Hopper's kernels are persistent, a CTA an SM; the others take one item a CTA.
-  const int64_t most = plan->variant->arch == 90 ? device.num_sms : items;
-  plan->grid = {std::max<int64_t>(1, std::min<int64_t>(most, items)), 1, 1};
+  const int64_t fewest = ctas_of_item(*plan->variant);
+  const int64_t most = plan->variant->arch == 90 ? device.num_sms / fewest * fewest : items;
+  plan->grid = {std::max<int64_t>(fewest, std::min<int64_t>(most, items)), 1, 1};
   const std::pair<const char*, const TensorLayout*> inputs[] = {{"q", &problem.q}, {"k", &problem.k}, {"v", &problem.v}};
   for (const auto& [name, layout] : inputs) {
     const char* reason = why_copied(*layout, problem.dtype);

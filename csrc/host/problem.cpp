@@ -1,6 +1,15 @@
 #include "host/problem.h"
 
+#include <stdexcept>
+
 namespace flash_ext {
+
+Pairs pairs_from_name(std::string_view name) {
+  if (name == "auto") return Pairs::kByRule;
+  if (name == "never") return Pairs::kNever;
+  if (name == "always") return Pairs::kAlways;
+  throw std::invalid_argument("FLASH_EXT_BWD_PAIRS must be auto, never or always, got '" + std::string(name) + "'");
+}
 
 int element_size(ScalarType dtype) {
   switch (dtype) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "host/registry.h"
 
@@ -18,6 +19,10 @@ struct TensorLayout {
 
 // Gradients, as bits: those of `wanted` in flash_ext/call.py.
 enum Gradient : int64_t { kWantDq = 1, kWantDk = 2, kWantDv = 4, kWantDsinks = 8, kWantDkBias = 16 };
+// Whether pairs of CTAs run the backward, where rows of both kinds cover a call.
+enum class Pairs : uint8_t { kByRule, kNever, kAlways };
+// "auto", "never" or "always"; std::invalid_argument otherwise.
+Pairs pairs_from_name(std::string_view name);
 
 struct FwdProblem {
   ScalarType dtype{};
@@ -32,6 +37,7 @@ struct FwdProblem {
   bool deterministic = false;  // of the backward
   int64_t wanted = kWantDq | kWantDk | kWantDv | kWantDsinks | kWantDkBias;  // of the backward
   bool sinks = false, alibi = false, k_bias = false, leftpad = false;
+  Pairs pairs = Pairs::kByRule;  // of the backward
   bool block_mask = false;  // which keys are seen is told by lists, and causal and windows are part of them
   bool grouped = false;     // packed: short sequences share a tile, and tables tell which keys are seen
   std::string backend;   // empty: the planner chooses

@@ -28,6 +28,30 @@ BWD_SM90_TILES = {
 }
 
 
+# Rows of two CTAs that exchange dS, beside those of one: (head_dim, mask), scores not modified.
+BWD_SM90_PAIRED = ((128, "full"), (128, "causal"), (256, "full"), (256, "causal"))
+
+
+def _bwd_sm90_paired() -> list[Variant]:
+    return [
+        Variant(
+            op="bwd",
+            arch="sm90",
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            mask=mask,
+            block_m=BWD_SM90_TILES[head_dim, head_dim][0],
+            block_n=BWD_SM90_TILES[head_dim, head_dim][1],
+            config=f"sm90::BwdConfig<{CXX_ELEMENT[dtype]}, {head_dim}, {head_dim}, flash_ext::{CXX_MASK[mask]}, "
+            "flash_ext::PlainScore, flash_ext::sm90::CtaPair>",
+            kind="pair",
+        )
+        for dtype in DTYPES
+        for head_dim, mask in BWD_SM90_PAIRED
+    ]
+
+
 def _bwd_sm90() -> list[Variant]:
     return [
         Variant(
@@ -150,4 +174,6 @@ def _bwd_preprocess() -> list[Variant]:
 
 
 def rows() -> list[Variant]:
-    return [*_bwd_sm90(), *_bwd_sm90_frozen(), *_bwd_sm80(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks()]
+    return [
+        *_bwd_sm90(), *_bwd_sm90_frozen(), *_bwd_sm90_paired(), *_bwd_sm80(), *_bwd_preprocess(), *_bwd_postprocess(), *_bwd_sinks()
+    ]  # fmt: skip

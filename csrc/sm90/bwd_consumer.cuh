@@ -9,6 +9,7 @@
 #include "common/math.cuh"
 #include "common/outputs.cuh"
 #include "sm90/barriers.h"
+#include "sm90/bwd_cluster.cuh"
 #include "sm90/bwd_tiles.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/primitives.cuh"
@@ -103,7 +104,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
   RingState<Config::kStagesDout> dout_state_own;
   auto& dout_state = one_of<Config::kStagesQ == Config::kStagesDout>(q_state, dout_state_own);  // both advance with the tile
   RingState<Config::kStagesDs> ds_state;
-  bool used = false;  // whether products of the stages before these are issued, and not known to be complete
+  bool used = false;  // whether the item has stages before these
 
   float acc_s[kNumAccS], acc_dp_own[Config::kOneScoreTile ? 1 : kNumAccS];
   float (&acc_dp)[kNumAccS] = one_of<Config::kOneScoreTile>(acc_s, acc_dp_own);
@@ -111,13 +112,15 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
   float acc_dk[kWantsDkv ? Config::kHeadDim / 2 : 1], acc_dv[kWantsDkv && kOwnsKeys ? Config::kHeadDimV / 2 : 1];
   float acc_dq_own[Config::kOneScoreTile ? 1 : kDqAccumulators];
   float (&acc_dq)[kDqAccumulators] = one_of<Config::kOneScoreTile>(acc_s, acc_dq_own);
-  uint32_t p_regs[kNumAccS / 2], ds_regs_own[Config::kSparesRegisters ? 1 : kNumAccS / 2];
-  uint32_t (&ds_regs)[kNumAccS / 2] = one_of<Config::kSparesRegisters>(p_regs, ds_regs_own);
+  uint32_t p_regs[kNumAccS / 2], ds_regs_own[Config::kSparesRegisters && !Config::kLateDv ? 1 : kNumAccS / 2];
+  uint32_t (&ds_regs)[kNumAccS / 2] = one_of<Config::kSparesRegisters && !Config::kLateDv>(p_regs, ds_regs_own);
 
+  // The stages of the tile before; those of a pair are released at the end of their own trip.
   const auto release_used = [&] {
-    shared.q_ring.release(q_state.before(), elected && used);
-    shared.dout_ring.release(dout_state.before(), elected && used);
-    used = false;
+    if constexpr (!Config::kPaired) {
+      shared.q_ring.release(q_state.before(), elected && used);
+      shared.dout_ring.release(dout_state.before(), elected && used);
+    }
   };
 
   // dQ of block `block` of the tile, from dS in its stage: starts a sum of its own.
@@ -133,17 +136,52 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     }
     wgmma_commit();
   };
-  const auto hand_over_dq = [&] {
-    pin_registers(acc_dq);
+  const auto hand_over_piece = [&](int piece) {
+    constexpr int kQuads = kDqAccumulators / 4 / Config::kDqPieces;
     mbarrier_wait(&shared.dq_ring[warpgroup].empty[0], dq_state.phase ^ 1);
 #pragma unroll
-    for (int quad = 0; quad < kDqAccumulators / 4; ++quad) {
-      store_shared_quad(my_dq + dq_quad_offset(0, quad) * 4, &acc_dq[4 * quad]);
+    for (int quad = 0; quad < kQuads; ++quad) {
+      store_shared_quad(my_dq + dq_quad_offset(0, quad) * 4, &acc_dq[4 * (piece * kQuads + quad)]);
     }
     fence_async_proxy();
     __syncwarp();
     mbarrier_arrive_if(&shared.dq_ring[warpgroup].full[0], elected);
     dq_state.advance();
+  };
+  const auto hand_over_dq = [&] {
+    pin_registers(acc_dq);
+#pragma unroll
+    for (int piece = 0; piece < Config::kDqPieces; ++piece) hand_over_piece(piece);
+  };
+
+  // Of a pair: dQ over the keys of both CTAs, in their order, whoever forms it.
+  DsExchange<Config> exchange{shared, q_state, warpgroup, elected};
+  // Whether dQ of the tile before is formed here, and not handed over yet.
+  const auto dq_pending = [&] {
+    return used && (Config::kDqShare == DqShare::kHalfColumns || !DqTurns<Config>::is_mine(q_state));
+  };
+  const auto issue_dq_of_pair = [&](uint32_t ds_stage) {
+    constexpr uint32_t kSlab = Config::kBlockN * kSlabRowBytes >> 4;
+    constexpr uint32_t kPeerKeys = offsetof(Shared, peer) / 16;
+    constexpr uint32_t kPeerDs = kPeerKeys + Config::kPeerKeySlabs * kSlab;
+    const uint32_t ds_steps[] = {kDs + ds_stage * kScoreStage, kPeerDs};
+    const uint32_t k_steps[] = {kKeys + (DqTurns<Config>::first_block() + warpgroup) * kSlab, kPeerKeys + warpgroup * kSlab};
+    const uint32_t rank = rank_in_pair<Config>();
+    wgmma_fence();
+#pragma unroll
+    for (int cta = 0; cta < Config::Cluster::kCtas; ++cta) {
+      const uint32_t ds_step = cta == rank ? ds_steps[0] : ds_steps[1], k_step = cta == rank ? k_steps[0] : k_steps[1];
+#pragma unroll
+      for (int step = 0; step < Config::kBlockN / 16; ++step) {
+        Wgmma<Element, kDqBlockColumns>::template ss<Major::kMn, Major::kMn>(acc_dq, mn_major_keys.at(ds_step + mn_major_step(step)),
+                                                                 mn_major_keys.at(k_step + mn_major_step(step)), cta + step > 0);
+      }
+    }
+    wgmma_commit();
+  };
+  const auto release_tile_of_pair = [&] {
+    release_in_pair(shared.q_ring, q_state, lane);
+    release_in_pair(shared.dout_ring, dout_state, lane);
   };
 
   for_each_key_item<Config>(params, [&](const KeyItem& item, const auto& tiles) {
@@ -194,6 +232,11 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
         wgmma_wait<0>();
       } else {
         issue_dp();
+        if constexpr (Config::kDqShare == DqShare::kHalfColumns) {
+          // dQ of the tile before goes out under this one's exponentials.
+          pin_registers(acc_dq);
+          if (dq_pending()) hand_over_piece(0);
+        }
         wgmma_wait<1>();
       }
       pin_registers(acc_s);
@@ -228,13 +271,19 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
       }
 #pragma unroll
       for (float& x : acc_s) x = fast_exp2(x);
+      const auto round_p = [&] {
 #pragma unroll
-      for (int i = 0; i < kNumAccS / 2; ++i) p_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
-      if constexpr (Config::kStagesDs == 1) {
+        for (int i = 0; i < kNumAccS / 2; ++i) p_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
+      };
+      if constexpr (!Config::kLateDv) round_p();
+      if constexpr (Config::kDqShare == DqShare::kHalfColumns) {
+        if (dq_pending()) hand_over_piece(1);
+      }
+      if constexpr (Config::kStagesP == 1) {
         named_barrier_sync(static_cast<int>(BwdBarrier::kScoresUsed), kAllThreads);
       }
       if constexpr (!kOwnsKeys && kWantsDkv) {
-        store_scores<kQueries / 16>(p_regs, shared_address(shared.p.stage[ds_state.stage]) + my_score_rows,
+        store_scores<kQueries / 16>(p_regs, shared_address(shared.p.stage[ds_state.stage % Config::kStagesP]) + my_score_rows,
                                     warpgroup * (kQueries / 16), lane);
       }
 
@@ -249,7 +298,11 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
           wgmma_commit();
         }
       };
-      if constexpr (Config::kOneScoreTile) {
+      auto& acc_ds = one_of<Config::kLateDv>(acc_dp, acc_s);
+      if constexpr (Config::kLateDv) {
+        wgmma_wait<0>();
+        pin_registers(acc_dp);
+      } else if constexpr (Config::kOneScoreTile) {
         issue_dv();
         issue_dp();
         wgmma_wait<0>();
@@ -276,13 +329,13 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
             const int j = i + 2 * half;
             float2 p{acc_s[j], acc_s[j + 1]};
             if constexpr (Config::kOneScoreTile) p = unpack_pair<Element>(p_regs[j / 2]);
-            acc_s[j] = p.x * (acc_dp[j] - delta_pair.x);
-            acc_s[j + 1] = p.y * (acc_dp[j + 1] - delta_pair.y);
-            if constexpr (Config::Score::kModifies) score.bias_sum[half] += acc_s[j] + acc_s[j + 1];
+            acc_ds[j] = p.x * (acc_dp[j] - delta_pair.x);
+            acc_ds[j + 1] = p.y * (acc_dp[j + 1] - delta_pair.y);
+            if constexpr (Config::Score::kModifies) score.bias_sum[half] += acc_ds[j] + acc_ds[j + 1];
             if constexpr (softcap) {
               const float from = static_cast<float>(distance) + float(acc_col_offset(i) - 8 * half);
-              acc_s[j] *= of_score.softcap_factor(p.x, lse_pair.x, half, from);
-              acc_s[j + 1] *= of_score.softcap_factor(p.y, lse_pair.y, half, from + 1.f);
+              acc_ds[j] *= of_score.softcap_factor(p.x, lse_pair.x, half, from);
+              acc_ds[j + 1] *= of_score.softcap_factor(p.y, lse_pair.y, half, from + 1.f);
             }
           }
         }
@@ -297,44 +350,77 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
         differentiate(score, std::false_type{});
       }
 #pragma unroll
-      for (int i = 0; i < kNumAccS / 2; ++i) ds_regs[i] = pack_pair<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
+      for (int i = 0; i < kNumAccS / 2; ++i) ds_regs[i] = pack_pair<Element>(acc_ds[2 * i], acc_ds[2 * i + 1]);
+      if constexpr (Config::kLateDv) round_p();
 
-      const uint32_t ds_rows = shared_address(shared.ds[ds_state.stage]) + my_score_rows;
-      if constexpr (kOwnsKeys && kWantsDq) {
+      const auto store_ds = [&](uint32_t stage) {
+        const uint32_t ds_rows = shared_address(shared.ds[stage]) + my_score_rows;
+        if constexpr (kOwnsKeys) {
 #pragma unroll
-        for (int slab = 0; slab < num_slabs(Config::kBlockM); ++slab) {
-          store_scores<4>(&ds_regs[slab * kSlabColumns / 4], ds_rows + slab * Config::kBlockN * kSlabRowBytes, 0, lane);
+          for (int slab = 0; slab < num_slabs(Config::kBlockM); ++slab) {
+            store_scores<4>(&ds_regs[slab * kSlabColumns / 4], ds_rows + slab * Config::kBlockN * kSlabRowBytes, 0, lane);
+          }
+        } else {
+          store_scores<kQueries / 16>(ds_regs, ds_rows, warpgroup * (kQueries / 16), lane);
         }
-      } else if constexpr (!kOwnsKeys) {
-        store_scores<kQueries / 16>(ds_regs, ds_rows, warpgroup * (kQueries / 16), lane);
-      }
-      if constexpr (!kOwnsKeys || kWantsDq) {
+      };
+      if constexpr (Config::kDqShare == DqShare::kEveryOtherTile) {
+        const uint32_t stage = exchange.begin_write();
+        store_ds(stage);
+        exchange.end_write(stage, my_score_rows, warpgroup == 0 && thread < 32);
+      } else if constexpr (!kOwnsKeys || kWantsDq) {
+        store_ds(ds_state.stage);
         fence_async_proxy();
         named_barrier_sync(static_cast<int>(BwdBarrier::kScoresWritten), kAllThreads);
+        if constexpr (Config::kPaired) exchange.send(ds_state.stage, warpgroup == 0 && thread == 0);
       }
 
-      if constexpr (kWantsDq) issue_dq(warpgroup);
-      if constexpr (kOwnsKeys && kWantsDkv) {
-        const uint32_t b_step = kQuery + q_state.stage * kQueryStage;
-        wgmma_fence();
+      const auto issue_dk = [&] {
+        if constexpr (kWantsDkv) {
+          wgmma_fence();
+          if constexpr (kOwnsKeys) {
+            const uint32_t b_step = kQuery + q_state.stage * kQueryStage;
 #pragma unroll
-        for (int step = 0; step < Config::kBlockM / 16; ++step) {
-          Wgmma<Element, Config::kHeadDim>::rs(acc_dk, &ds_regs[4 * step], mn_major_queries.at(b_step + mn_major_step(step)));
-        }
-        wgmma_commit();
-      } else if constexpr (kWantsDkv) {
-        const uint32_t a_step = (warpgroup == 0 ? kDs : kP) + ds_state.stage * kScoreStage;
-        const uint32_t b_step = warpgroup == 0 ? kQuery + q_state.stage * kQueryStage : kDout + dout_state.stage * kDoutStage;
-        wgmma_fence();
+            for (int step = 0; step < Config::kBlockM / 16; ++step) {
+              Wgmma<Element, Config::kHeadDim>::rs(acc_dk, &ds_regs[4 * step], mn_major_queries.at(b_step + mn_major_step(step)));
+            }
+          } else {
+            const uint32_t a_step =
+                warpgroup == 0 ? kDs + ds_state.stage * kScoreStage : kP + ds_state.stage % Config::kStagesP * kScoreStage;
+            const uint32_t b_step = warpgroup == 0 ? kQuery + q_state.stage * kQueryStage : kDout + dout_state.stage * kDoutStage;
 #pragma unroll
-        for (int step = 0; step < Config::kBlockM / 16; ++step) {
-          Wgmma<Element, Config::kHeadDim>::template ss<Major::kK, Major::kMn>(
-              acc_dk, k_major.at(a_step + k_major_step(Config::kBlockN, step)),
-              mn_major_queries.at(b_step + mn_major_step(step)), true);
+            for (int step = 0; step < Config::kBlockM / 16; ++step) {
+              Wgmma<Element, Config::kHeadDim>::template ss<Major::kK, Major::kMn>(
+                  acc_dk, k_major.at(a_step + k_major_step(Config::kBlockN, step)),
+                  mn_major_queries.at(b_step + mn_major_step(step)), true);
+            }
+          }
+          wgmma_commit();
         }
-        wgmma_commit();
-      }
-      if constexpr (kWantsDq) {
+      };
+      if constexpr (Config::kDqShare == DqShare::kEveryOtherTile) {
+        issue_dv();
+        issue_dk();
+        wgmma_wait<0>();  // in flight beside dQ or from one trip to the next, they would make ptxas serialise all products
+        release_tile_of_pair();
+        if (dq_pending()) {
+          exchange.wait();
+          issue_dq_of_pair(0);
+          wgmma_wait<0>();
+          exchange.release();
+          hand_over_dq();
+        }
+      } else if constexpr (Config::kDqShare == DqShare::kHalfColumns) {
+        issue_dk();
+        exchange.wait();
+        issue_dq_of_pair(ds_state.stage);
+        wgmma_wait<1>();
+        release_tile_of_pair();
+        wgmma_wait<0>();  // dQ goes out in the next trip; still in flight then, it would make ptxas serialise all products
+        exchange.release();
+      } else if constexpr (kWantsDq) {
+        issue_dq(warpgroup);
+        issue_dk();
         wgmma_wait<kWantsDkv ? 1 : 0>();
         hand_over_dq();
 #pragma unroll
@@ -345,6 +431,7 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
           hand_over_dq();
         }
       } else {
+        issue_dk();
         wgmma_wait<1>();  // dV, whose operand P makes room
       }
       used = true;
@@ -357,19 +444,34 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     pin_registers(acc_dk);
     pin_registers(acc_dv);
     release_used();
+    if constexpr (Config::kPaired) {
+      if (dq_pending()) {  // of the last tile
+        if constexpr (Config::kDqShare == DqShare::kEveryOtherTile) {
+          exchange.wait();
+          issue_dq_of_pair(0);
+          wgmma_wait<0>();
+          exchange.release();
+        }
+        hand_over_dq();
+      }
+    }
+    used = false;
     shared.k_ring.release(item_state, elected);
 
+    // Found anew where registers are short, rather than kept.
+    const KeyItem done = Config::kPaired ? key_item<Config>(params, opaque(item.round)) : item;
+    const RowRange& keys = done.sequence.k;
     // V becomes the staging: a warp's 16 rows of one of its slabs.
     const auto store = [&](auto& acc, void* gradient, const RowStrides& strides, int num_columns, int slab) {
       if (gradient == nullptr) return;
-      Element* first = static_cast<Element*>(gradient) + sequence.k.batch * strides.batch +
-                       sequence.k.first_row * strides.row + item.head_kv * strides.head;
+      Element* first = static_cast<Element*>(gradient) + keys.batch * strides.batch +
+                       keys.first_row * strides.row + done.head_kv * strides.head;
       const int my_lane = read_lane();
-      const int first_row = item.n_block * Config::kBlockN + first_key_row + thread / 32 * kRowsPerWarp;
+      const int first_row = done.n_block * Config::kBlockN + first_key_row + thread / 32 * kRowsPerWarp;
       const uint32_t staging = shared_address(shared.v) + slab * Config::kBlockN * kSlabRowBytes + my_score_rows;
       store_warp_rows<Element>(acc, staging, my_lane, num_columns, [&](int row_of_warp) -> Element* {
         const int row = first_row + row_of_warp;
-        return row < sequence.k.num_rows ? first + row * strides.row : nullptr;
+        return row < keys.num_rows ? first + row * strides.row : nullptr;
       });
     };
     const bool has_dk = kOwnsKeys || warpgroup == 0;
@@ -404,12 +506,12 @@ __device__ __forceinline__ void consume_tiles(const BwdParams& params, BwdStorag
     if constexpr (kHasBias) {
       if (params.dk_bias != nullptr && has_dk && lane % 4 == 0) {
         const RowStrides& strides = params.dk_bias_strides;
-        float* first = params.dk_bias + sequence.k.batch * strides.batch + item.head_kv * strides.head + sequence.k.first_row;
+        float* first = params.dk_bias + keys.batch * strides.batch + done.head_kv * strides.head + keys.first_row;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float sum = score.bias_sum[half];
           if constexpr (!kOwnsKeys) sum += shared.bias.of_keys[acc_row(thread, half)];
-          if (first_key + 8 * half < sequence.k.num_rows) first[first_key + 8 * half] = sum;
+          if (first_key + 8 * half < keys.num_rows) first[first_key + 8 * half] = sum;
         }
       }
     }

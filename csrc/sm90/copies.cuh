@@ -6,16 +6,18 @@
 #include "common/swizzle.cuh"
 #include "common/work.cuh"
 #include "sm90/barriers.h"
+#include "sm90/cluster.cuh"
 #include "sm90/primitives.cuh"
 
 namespace flash_ext::sm90 {
 
 constexpr int kThreadsPerWarpgroup = 128;
 
-// Rows [row, row + kRows) of a range of rows of one head, slab by slab, from first_column on. The range has the first of them.
-template <int kRows, int kColumns>
-__device__ __forceinline__ void load_rows(const TmaTensor& tensor, uint64_t* barrier, uint8_t* tile, const RowRange& range,
-                                          int row, int head, CacheHint hint, int first_column = 0) {
+// Rows [row, row + kRows) of a range of rows of one head, slab by slab from `first_column` on: copy(slab of the tile,
+// coordinates). Rows beyond the range are zeros, all of them too.
+template <int kRows, int kColumns, class Copy>
+__device__ __forceinline__ void for_each_slab(const TmaTensor& tensor, const RowRange& range, int row, int head, int first_column,
+                                              Copy&& copy) {
   int place = range.first_row + row, end = 0;
   if (tensor.ragged_rows != 0) {
     const int inside = min_of(kRows, range.num_rows - row);
@@ -24,9 +26,27 @@ __device__ __forceinline__ void load_rows(const TmaTensor& tensor, uint64_t* bar
   }
 #pragma unroll
   for (int slab = 0; slab < num_slabs(kColumns); ++slab) {
-    tma_load(tensor.map, barrier, tile + slab * kRows * kSlabRowBytes,
-             {first_column + slab * kSlabColumns, place, head * tensor.head_step, range.batch * tensor.batch_step, end}, hint);
+    const int coordinates[] = {first_column + slab * kSlabColumns, place, head * tensor.head_step, range.batch * tensor.batch_step,
+                               end};
+    copy(slab * kRows * kSlabRowBytes, coordinates);
   }
+}
+
+template <int kRows, int kColumns>
+__device__ __forceinline__ void load_rows(const TmaTensor& tensor, uint64_t* barrier, uint8_t* tile, const RowRange& range,
+                                          int row, int head, CacheHint hint, int first_column = 0) {
+  for_each_slab<kRows, kColumns>(tensor, range, row, head, first_column, [&](int offset, const int (&coordinates)[5]) {
+    tma_load(tensor.map, barrier, tile + offset, coordinates, hint);
+  });
+}
+
+// The same into both CTAs of a pair.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void load_rows_into_pair(const TmaTensor& tensor, uint64_t* barrier, uint8_t* tile,
+                                                    const RowRange& range, int row, int head, CacheHint hint, int first_column) {
+  for_each_slab<kRows, kColumns>(tensor, range, row, head, first_column, [&](int offset, const int (&coordinates)[5]) {
+    tma_load_multicast(tensor.map, barrier, tile + offset, coordinates, 0b11, hint);
+  });
 }
 
 // A tile of queries.

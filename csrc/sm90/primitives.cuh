@@ -158,6 +158,12 @@ __device__ __forceinline__ int read_lane() {
   return static_cast<int>(lane);
 }
 
+// The same number, of which the compiler knows nothing: what is derived from it is computed here, not kept from before.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
