@@ -186,8 +186,9 @@ def _explain_backward(device: str, call: Call) -> Backward:
     wanted = tuple(name for name, tensor in given.items() if tensor.requires_grad) or tuple(given)
     deterministic = torch.are_deterministic_algorithms_enabled() if call.deterministic is None else call.deterministic
     plan = _planned(
-        _host().plan_bwd, device, call, call.backend, deterministic=deterministic, wanted=sum(bits[name] for name in wanted)
-    )
+        _host().plan_bwd, device, call, call.backend, deterministic=deterministic, wanted=sum(bits[name] for name in wanted),
+        pairs=env.bwd_pairs(),
+    )  # fmt: skip
     is_kernel = bool(plan["variant"])  # a backend that has a forward alone leaves the gradients to the reference
     return Backward(
         backend=plan["backend"] if is_kernel else "reference",

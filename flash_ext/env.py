@@ -3,6 +3,7 @@
 | variable | read | meaning |
 |---|---|---|
 | FLASH_EXT_STRICT | at each fallback | 1: a GPU call that no compiled kernel covers raises FallbackWarning as an error |
+| FLASH_EXT_BWD_PAIRS | at each backward | auto, never, always: whether pairs of CTAs run it where both kinds of kernels cover it |
 | FLASH_EXT_EMULATE | at import | sm80, sm86, sm89, sm90, sm120: run calls on CPU tensors in the emulator of such a GPU |
 | FLASH_EXT_EMULATE_SMS | at import | the emulated GPU's number of SMs, default 4 |
 
@@ -23,6 +24,11 @@ class FallbackWarning(UserWarning):
 
 EMULATE = os.environ.get("FLASH_EXT_EMULATE", "")
 EMULATE_SMS = os.environ.get("FLASH_EXT_EMULATE_SMS", "4")
+
+
+def bwd_pairs() -> str:
+    """FLASH_EXT_BWD_PAIRS as it stands now, unchecked: the planner does that."""
+    return os.environ.get("FLASH_EXT_BWD_PAIRS", "auto")
 
 
 def _check_emulator_variables() -> None:

@@ -123,10 +123,18 @@ std::vector<std::string> describe(unsigned mismatch, const FwdProblem& problem, 
 bool is_paired(const Variant& row) { return row.op == Op::k_bwd && std::string_view(row.kind) == "pair"; }
 int ctas_of_item(const Variant& row) { return is_paired(row) ? 2 : 1; }
 
-// Whether pairs may run a call.
-bool takes_pairs(const FwdProblem& problem, const DeviceInfo& device) {
-  if (device.num_sms < 2) return false;
-  return problem.pairs == Pairs::kAlways;
+
+int64_t num_key_items(const FwdProblem& problem, int64_t block_n);
+
+// Whether a row of pairs may run a call. By count (docs/bwd_sm90.md) pairs save a tenth of a trip at head_dim 256, where the float32
+// sum of dQ weighs most, and too little at 128 to take them untimed. They want every SM to have a partner with work, and
+// sequences so long that tiles beyond the keys, or masked for one of the two, are few. Not measured.
+constexpr int64_t kFewestKeysOfPairs = 2048;
+
+bool takes_pairs(const FwdProblem& problem, const Variant& row, const DeviceInfo& device) {
+  if (problem.pairs != Pairs::kByRule) return problem.pairs == Pairs::kAlways;
+  return row.head_dim == 256 && !problem.packed() && problem.seqlen_k() >= kFewestKeysOfPairs && device.num_sms >= 2 &&
+         2 * num_key_items(problem, 2 * row.block_n) >= device.num_sms;
 }
 
 // Whether row a does less work than row b: fewer columns first, then the less general score, fewer gradients, the less general
@@ -147,7 +155,7 @@ const Variant* find_row(const KernelBackend& backend, Op op, const FwdProblem& p
   std::optional<unsigned> closest;
   for (const Variant& row : variants()) {
     if (row.op != op || row.arch != backend.arch || row.smem_bytes > device.smem_bytes) continue;
-    if (is_paired(row) && !takes_pairs(problem, device)) continue;
+    if (is_paired(row) && !takes_pairs(problem, row, device)) continue;
     const unsigned mismatch = mismatches(row, problem, wanted);
     if (mismatch == 0 && (smallest == nullptr || is_smaller(row, *smallest))) smallest = &row;
     if (!closest || std::popcount(mismatch) < std::popcount(*closest)) closest = mismatch;

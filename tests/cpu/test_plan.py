@@ -359,6 +359,73 @@ def test_the_backwards_memory_is_linear_in_the_length(head_dim: int, determinist
             assert found.workspace_bytes == expected, (seqlen, names)
 
 
+# --- the backward on pairs of CTAs ---
+
+needs_pairs = pytest.mark.skipif(
+    not {f"bwd_sm90_bf16_d{d}_{kind}" for d in (128, 256) for kind in ("causal", "causal_pair", "full", "full_pair")} <= set(VARIANTS),
+    reason="this build lacks rows of pairs",
+)
+
+
+def bwd_plan(**changes: Any) -> dict:
+    k = layout(1, 4096, 2, 256)
+    arguments = {
+        "device": "sm90", "dtype": "bfloat16", "q": layout(1, 4096, 4, 256), "k": k, "v": k, "softmax_scale": 0.1, "causal": True,
+        "window_left": -1, "window_right": -1, "softcap": 0.0, "backend": "",
+    }  # fmt: skip
+    return host.plan_bwd(**{**arguments, **changes})
+
+
+def keys(rows: int, heads: int = 2, dim: int = 256) -> dict:
+    return {"k": layout(1, rows, heads, dim), "v": layout(1, rows, heads, dim)}
+
+
+@needs_pairs
+@pytest.mark.parametrize(
+    "changes,variant",
+    (
+        # 32 pairs of 2 x 64 keys for each of 2 heads: 128 CTAs.
+        ({"device": "sm90:128"}, "d256_causal_pair"),
+        ({"device": "sm90:129"}, "d256_causal"),  # some SM would be idle
+        ({"device": "sm90:128", "causal": False}, "d256_full_pair"),
+        ({"device": "sm90:64", **keys(2048)}, "d256_causal_pair"),
+        ({"device": "sm90:64", **keys(2047)}, "d256_causal"),
+        ({"device": "sm90:1"}, "d256_causal"),
+        ({"device": "sm90:64", "num_sequences": 3}, "d256_causal"),  # lengths are not known
+        ({"device": "sm90:64", "window_left": 100}, "d256_local"),
+        ({"device": "sm90:64", "k_bias": True}, "d256_local_scored"),
+        ({"device": "sm90:64", "wanted": 1}, "d256_local_dq"),
+        ({"q": layout(1, 4096, 4, 128), **keys(4096, 4, 128)}, "d128_causal"),
+        ({"q": layout(1, 4096, 4, 128), **keys(4096, 4, 128), "pairs": "always"}, "d128_causal_pair"),
+        ({"device": "sm90:128", "pairs": "never"}, "d256_causal"),
+        ({**keys(70), "pairs": "always"}, "d256_causal_pair"),
+    ),
+)
+def test_which_backwards_take_pairs(changes: dict, variant: str) -> None:
+    if f"bwd_sm90_bf16_{variant}" not in VARIANTS:
+        pytest.skip("not in this build")
+    assert bwd_plan(**changes)["variant"] == f"bwd_sm90_bf16_{variant}"
+
+
+@needs_pairs
+@pytest.mark.parametrize("sms,rows,grid", ((132, 4096, 128), (100, 4096, 100), (7, 4096, 6), (1, 4096, 2), (132, 129, 8), (132, 1, 4)))
+def test_pairs_are_launched_whole(sms: int, rows: int, grid: int) -> None:
+    assert bwd_plan(device=f"sm90:{sms}", **keys(rows), pairs="always")["grid"] == (grid, 1, 1)
+
+
+@needs_pairs
+def test_pairs_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variant() -> str:
+        return flash_ext.explain(*call(), causal=True, device_info="sm90").backward.variant
+
+    assert variant() == "bwd_sm90_bf16_d128_causal"
+    monkeypatch.setenv("FLASH_EXT_BWD_PAIRS", "always")
+    assert variant() == "bwd_sm90_bf16_d128_causal_pair"
+    monkeypatch.setenv("FLASH_EXT_BWD_PAIRS", "yes")
+    with pytest.raises(ValueError, match="FLASH_EXT_BWD_PAIRS must be auto, never or always, got 'yes'"):
+        variant()
+
+
 def test_the_reference_explains_its_backward() -> None:
     found = flash_ext.explain(*call(), device_info="sm90", backend="reference").backward
     assert (found.backend, found.variant, found.workspace_bytes) == ("reference", "reference_bwd", 0)

@@ -274,6 +274,7 @@ def backward_call(kernel: str) -> Callable[[], list[Any]]:
     import flash_ext
 
     dtype, dims, mask, _ = _parts(kernel)
+    os.environ["FLASH_EXT_BWD_PAIRS"] = "always" if kernel.endswith("_pair") else "never"
     generator = torch.Generator().manual_seed(1)
     calls = []
     for heads, heads_kv, seqlen_q, seqlen_k, scale in BACKWARD_SHAPES:
