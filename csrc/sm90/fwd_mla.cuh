@@ -118,8 +118,8 @@ struct MlaGatherLoader : CacheGatherLoader<Config, SharedStorage<Config>> {
   __device__ __forceinline__ void load_group(const QueryTile& queries, int n_block) {
     constexpr int kFirst = Config::first_column(kGroup);
     RingState<Config::kStages> state = this->k_state;
-    // The consumers are done with the position's columns before the first half's.
-    if (kGroup != kPosition) {
+    // The first half is waited for with the tile before unsignalled, which S is taken from first; what it frees frees the rest.
+    if (kGroup == kFirstHalf) {
       this->before_waiting_for(&this->shared.k_rings[kGroup].empty[state.stage], state.phase ^ 1);
     }
     this->template load<Config::num_columns(kGroup)>(
@@ -176,8 +176,7 @@ struct LatentHalf {
   __device__ __forceinline__ QueryTile& kept() { return shared.items[4 * half + warp]; }
 
   __device__ __forceinline__ void begin(const QueryTile& queries) {
-    if (elected) kept() = queries;
-    __syncwarp();
+    if (elected) kept() = queries;  // a hand-over comes before anybody reads it
 #pragma unroll
     for (float& x : acc_o) x = 0.f;
   }
@@ -359,6 +358,8 @@ __device__ __forceinline__ void consume_scores(const FwdCacheParams& params, Sha
       release_output();
     }
 
+    // All warps of both consumers meet here: nobody reads Q or the weights any more.
+    mine.meet(LatentBarrier::kWeightsUsed);
     float normalise[2], lse[2], largest[2], sinks[2] = {-INFINITY, -INFINITY};
     const QueryTile& done = mine.kept();
     if (params.sinks != nullptr) {
@@ -366,8 +367,6 @@ __device__ __forceinline__ void consume_scores(const FwdCacheParams& params, Sha
       for (int half = 0; half < 2; ++half) sinks[half] = params.sinks[done.existing_head(warp_row + acc_row(lane, half))];
     }
     softmax.finish(sinks, normalise, lse, largest);
-    // All warps of both consumers meet here: nobody reads Q or the weights any more.
-    mine.meet(LatentBarrier::kWeightsUsed);
     write_factors(normalise);
     mine.meet(LatentBarrier::kWeightsWritten);
     typename Config::Output(params, done, warp_row).store_lse(lse, lane);

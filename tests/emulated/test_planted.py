@@ -22,7 +22,10 @@ sys.path.append(str(EMULATOR))
 import planted  # noqa: E402
 
 ROWS = ("d64_causal", "d64_full", "d128_causal", "d128_full", "d128_local_scored", "d192_causal", "d256_full")
-CACHE_ROWS = ("fwd_cache_sm90_bf16_d128_causal", "fwd_cache_gather_sm90_bf16_d128_causal", "fwd_cache_sm90_bf16_d64_local_scored")
+CACHE_ROWS = (
+    "fwd_cache_sm90_bf16_d128_causal", "fwd_cache_gather_sm90_bf16_d128_causal", "fwd_cache_sm90_bf16_d64_local_scored",
+    "fwd_mla_sm90_bf16_d576x512_local", "fwd_mla_gather_sm90_bf16_d576x512_local",
+)  # fmt: skip
 KERNELS = [*(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal", *CACHE_ROWS]
 results: dict[str, list[planted.Result]] = {}
 

@@ -97,7 +97,7 @@ SURVIVORS = (
         "drop_warp_sync",
         "__syncwarp();",
         "the emulator runs the lanes' proxy fences together; formally they need it before lane 0 releases Q",
-        "d192_ d256_",
+        "d192_ d256_ mla",
         after="fence_async_proxy",
     ),
     Survivor(
@@ -105,6 +105,39 @@ SURVIVORS = (
         "named_barrier_sync(query_read_by",
         "the checks let a warp's wait for its wgmma order it after the reads of Q by all four warps of the warpgroup",
         "d192_ d256_",
+    ),
+    Survivor(
+        "drop_wgmma_fence",
+        "mine.issue_output(v_state.stage);",
+        "in a step, the fence of the scores comes just before: no instruction touches O between the two",
+        "mla",
+        after="issue_scores();",
+    ),
+    Survivor(
+        "drop_barrier",
+        "mine.meet(LatentBarrier::kWeightsUsed);  // takes the last signal",
+        "it is left over when the CTA ends: nothing comes after it",
+        "mla",
+    ),
+    Survivor(
+        "skip_wait",
+        "shared.k_rings[kSecondHalf].wait_full(state);",
+        "the first consumer has waited for the same bytes before it made the weights; formally the second must see them too",
+        "mla",
+    ),
+    Survivor(
+        "skip_wait",
+        "load_group<kPosition>(queries, n_block);",
+        "the consumers are done with the position's columns before the first half's, which were waited for",
+        "mla",
+    ),
+    Survivor("drop_warp_sync", "__syncwarp();  // the tile may lie", "the one behind the proxy fence orders the same reads", "mla"),
+    Survivor(
+        "skip_wait flip_parity wrong_barrier",
+        "loader.before_waiting_for(&shared.q_ring",
+        "a tile has as many loads as the lag: that of the first tile has signalled all of the item before",
+        "fwd_mla_gather",
+        after="loader.load_k(queries, tiles.n_block(0));",
     ),
     Survivor(
         "skip_wait",
@@ -166,7 +199,7 @@ SURVIVORS = (
     ),
     Survivor(
         "skip_wait flip_parity wrong_barrier",
-        "before_waiting_for(empty, state.phase ^ 1);",
+        "    before_waiting_for(&shared.",
         "with three stages and a lag of three loads, what the consumer needs for a stage of K or V has been signalled",
         "fwd_cache_gather",
     ),
@@ -174,28 +207,28 @@ SURVIVORS = (
         "drop_warp_sync",
         "__syncwarp();",
         "the emulator's lanes converge behind a branch; on a GPU they might copy pages before the stage is free",
-        "fwd_cache_sm90",
+        "fwd_cache_sm90 fwd_mla_sm90",
         after="ring.begin_fill(state, bytes);",
     ),
     Survivor(
         "drop_warp_sync",
         "__syncwarp();",
         "lanes that run ahead converge behind the next begin_fill",
-        "fwd_cache_sm90",
+        "fwd_cache_sm90 fwd_mla_sm90",
         after="        }\n      }",
     ),
     Survivor(
         "drop_warp_sync",
         "__syncwarp();",
         "the same, and gathering lanes converge in the look-up of the next tile's places",
-        "fwd_cache",
+        "fwd_cache fwd_mla",
         after="CacheHint::kEvictFirst);\n    }",
     ),
     Survivor(
         "drop_warp_sync",
         "__syncwarp();",
         "the same, of an item without keys",
-        "fwd_cache",
+        "fwd_cache fwd_mla",
         after="shared.q_ring.begin_fill(q_state, 0);",
     ),
     Survivor(
@@ -422,7 +455,7 @@ def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> S
 
 
 def _call_of(kernel: str) -> Callable[[], list[Any]]:
-    if kernel.startswith("fwd_cache"):
+    if kernel.startswith(("fwd_cache", "fwd_mla")):
         return planted_cache.cache_call(kernel)
     return (backward_call if kernel.startswith("bwd") else attention_call)(kernel)
 

@@ -51,10 +51,10 @@ def cache_call(kernel: str) -> Callable[[], list[Any]]:
     _, rest = kernel.split("_sm", 1)
     _, dtype, dims, mask, *scored = rest.split("_")
     calls = []
+    head_dim, head_dim_v = (int(dim) for dim in (dims[1:].split("x") * 2)[:2])
+    fields = {"head_dim": head_dim, "head_dim_v": head_dim_v, "shared": "mla" in kernel}
     for case, more in _cases("gather" in kernel)[: None if mask == "local" else -1]:
-        made = kvcache_cases.build(
-            replace(case, head_dim=int(dims[1:])), "cpu", {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-        )
+        made = kvcache_cases.build(replace(case, **fields), "cpu", {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
         if scored:
             made["alibi_slopes"] = torch.linspace(0.1, 0.5, case.num_heads)
         scale = more.get("softmax_scale", case.head_dim**-0.5)
