@@ -87,7 +87,13 @@ FWD_SM80_TILES = {
     (192, 192, 99): (64, 64),
     (256, 256, 163): (128, 64),
     (256, 256, 99): (64, 64),
+    (96, 96, 163): (128, 64),
+    (96, 96, 99): (128, 64),
+    (192, 128, 163): (128, 64),
+    (192, 128, 99): (64, 64),
 }
+# With these policies alone, to spare compile time; calls with others take the next larger row.
+FWD_SM80_PLAIN = {(96, 96), (192, 128)}
 
 
 def _fwd_sm80() -> list[Variant]:
@@ -112,6 +118,7 @@ def _fwd_sm80() -> list[Variant]:
             ("full", False), ("causal", False), ("local", False), ("local", True), ("blocks", False), ("blocks", True)
         )
         if not (scored and smem_kib == 163 and head_dim <= 128)
+        if mask in ("full", "causal") or (head_dim, head_dim_v) not in FWD_SM80_PLAIN
     ]  # fmt: skip
 
 

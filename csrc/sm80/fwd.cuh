@@ -35,6 +35,10 @@ struct FwdTile<64, SharedLimit::k163, false> {
   static constexpr int kBlockM = 128, kBlockN = 128, kWarps = 4, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 2;
 };
 template <>
+struct FwdTile<96, SharedLimit::k163, false> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 4, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 2;
+};
+template <>
 struct FwdTile<128, SharedLimit::k163, false> {
   static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 4, kStagesK = 2, kStagesV = 1, kMinBlocksPerSm = 2;
 };
@@ -49,6 +53,10 @@ struct FwdTile<256, SharedLimit::k163, kModifiesScores> {
 template <bool kModifiesScores>
 struct FwdTile<64, SharedLimit::k99, kModifiesScores> {
   static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStagesK = 2, kStagesV = 2, kMinBlocksPerSm = kModifiesScores ? 1 : 2;
+};
+template <>
+struct FwdTile<96, SharedLimit::k99, false> {
+  static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStagesK = 2, kStagesV = 2, kMinBlocksPerSm = 1;
 };
 template <bool kModifiesScores>
 struct FwdTile<128, SharedLimit::k99, kModifiesScores> {
@@ -86,7 +94,7 @@ struct FwdConfig : FwdTile<kHeadDim_, kLimit_, Score_::kModifies> {
 
   static_assert(kWarpRows % kRowsPerWarp == 0 && kRowTiles > 0, "a warp owns whole row tiles of mma.sync");
   static_assert(Tile::kBlockN % 16 == 0, "P V steps through 16 keys at a time");
-  static_assert(kHeadDim % kSlabColumns == 0, "Q K^T steps through slabs");
+  static_assert(kHeadDim % 16 == 0, "Q K^T steps through 16 columns at a time");
   static_assert(kHeadDimV % 16 == 0, "P V writes 16 columns at a time");
   static_assert(Tile::kStagesK >= Tile::kStagesV && Tile::kStagesK <= 2, "see `step`");
 };

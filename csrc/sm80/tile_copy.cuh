@@ -34,11 +34,18 @@ struct TileCopy {
   }
 
 #ifdef __CUDACC__
+  // So that rows of a whole tile need no comparison.
+  __device__ __forceinline__ static int thread_of_cta() {
+    const int thread = read_thread();
+    __builtin_assume(thread < kThreads);
+    return thread;
+  }
+
   // row_address(row of the tile) -> address of the row's first column, or null: the row becomes zero, as do columns from
   // num_columns on (a multiple of 8).
   template <class RowAddress>
   __device__ __forceinline__ static void copy(uint32_t tile, int num_columns, RowAddress&& row_address) {
-    const int thread = read_thread();
+    const int thread = thread_of_cta();
     const int columns_left = num_columns - column(thread, 0);
     const uint32_t to = tile + offset(thread, 0, 0);
 #pragma unroll
@@ -51,7 +58,7 @@ struct TileCopy {
   // The same for rows one stride apart, of which there are num_rows.
   __device__ __forceinline__ static void copy(uint32_t tile, int num_rows, int num_columns, const uint8_t* first_row,
                                               int64_t row_bytes) {
-    const int thread = read_thread();
+    const int thread = thread_of_cta();
     const int columns_left = num_columns - column(thread, 0);
     const uint32_t to = tile + offset(thread, 0, 0);
     const uint8_t* from = first_row + row(thread, 0) * row_bytes + column(thread, 0) * 2;
