@@ -6,7 +6,7 @@
 | flash_ext::reference_fwd_block_mask, reference_bwd_block_mask | flash_ext/reference_block_mask.py on any device |
 | flash_ext::mask_blocks | CUDA: _C; elsewhere flash_ext/block_mask.py |
 
-The eight tensors of a BlockMask are arguments like any other, so that compiled code and CUDA graphs see plain tensors.
+The ten tensors of a BlockMask are arguments like any other, so that compiled code and CUDA graphs see plain tensors.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .reference import accumulation_dtype
 _QKV = "Tensor q, Tensor k, Tensor v"
 _REST = (
     "Tensor row_offsets, Tensor row_partial, Tensor row_entries, Tensor column_offsets, Tensor column_partial, "
-    "Tensor column_entries, Tensor bits, Tensor turns, Tensor? sinks, Tensor? alibi_slopes, Tensor? k_bias, "
-    "float softmax_scale, float softcap"
+    "Tensor column_entries, Tensor bits, Tensor turns, Tensor row_order, Tensor column_order, "
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor? k_bias, float softmax_scale, float softcap"
 )
 _RESULTS = "(Tensor out, Tensor lse, Tensor max_logit)"
 _SAVED = f"Tensor? dout, Tensor? dlse, {_QKV}, Tensor out, Tensor lse"

@@ -113,17 +113,30 @@ def _lists(shape: tuple[int, int, int], partial: tuple[Tensor, Tensor], full: tu
     return BlockLists(offsets.int(), counts[1].int().view(shape), entries.int())
 
 
-def _turns(columns: BlockLists, blocks_q: int) -> Tensor:
-    """(kept) int32: the rank of each entry's block of keys among those that list the same block of queries."""
+def _order(lists: BlockLists, last_at_end: bool) -> Tensor:
+    """(blocks) int64: from the longest lines to the shortest, over batch and heads together.
+
+    last_at_end: the last block, which may be ragged, comes last. A tile of half a block may then be missing at the end alone,
+    where no turn waits for it.
+    """
+    lines = lists.offsets.diff().view(lists.num_partial.shape).sum((0, 1))
+    if last_at_end and len(lines):
+        lines[-1] = -1
+    return lines.argsort(descending=True, stable=True)
+
+
+def _turns(columns: BlockLists, blocks_q: int, order: Tensor) -> Tensor:
+    """(kept) int32: the rank of each entry's block of keys, in that order, among those that list the same block of queries."""
     kept, device = columns.entries.shape[0], columns.entries.device
     blocks_k = max(1, columns.num_partial.shape[2])
     lines = torch.arange(columns.num_partial.numel(), device=device)
     column = lines.repeat_interleave(columns.offsets.diff().long(), output_size=kept)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
     row = column // blocks_k * blocks_q + columns.entries[:, 0]
-    row, order = (row * blocks_k + column % blocks_k).sort(stable=True)
+    row, sorted_by = (row * blocks_k + rank[column % blocks_k]).sort(stable=True)
     row = row // blocks_k
     place = torch.arange(kept, device=device)
-    return torch.empty_like(place).scatter_(0, order, place - torch.searchsorted(row, row)).int()
+    return torch.empty_like(place).scatter_(0, sorted_by, place - torch.searchsorted(row, row)).int()
 
 
 class _Kept:
@@ -175,8 +188,10 @@ class BlockMask:
         columns: the lists of blocks of queries, for each (batch, head, block of keys).
         bits: (partial blocks, 2, 128, 4) int32: which keys each query of a block sees, and which queries see each key. Bit
             2 c + e of word w in a row stands for column 8 c + 2 w + e.
-        turns: (kept) int32, derived: of each entry of columns, how many blocks of keys before its own the block of queries has:
-            the order in which a deterministic backward sums dq.
+        row_order, column_order: (blocks) int32, derived: blocks of queries, and of keys, from the one that visits the most blocks
+            to the one that visits the fewest: the order in which kernels take them.
+        turns: (kept) int32, derived: of each entry of columns, how many blocks of keys the block of queries has before its own
+            in that order: the order in which a deterministic backward sums dq.
 
     batch and num_heads are 1 for a mask that all sequences, or all heads, share. The lists are trusted: build them by the
     functions above.
@@ -187,11 +202,16 @@ class BlockMask:
     rows: BlockLists
     columns: BlockLists
     bits: Tensor
+    row_order: Tensor = field(init=False)
+    column_order: Tensor = field(init=False)
     turns: Tensor = field(init=False)
     _derived: dict[Any, BlockMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "turns", _turns(self.columns, num_blocks(self.seqlen_q)))
+        column_order = _order(self.columns, last_at_end=True)
+        object.__setattr__(self, "row_order", _order(self.rows, last_at_end=False).int())
+        object.__setattr__(self, "column_order", column_order.int())
+        object.__setattr__(self, "turns", _turns(self.columns, num_blocks(self.seqlen_q), column_order))
 
     @property
     def batch(self) -> int:
@@ -228,8 +248,8 @@ class BlockMask:
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The eight tensors in the order of the ops' arguments."""
-        return (*self.rows.tensors(), *self.columns.tensors(), self.bits, self.turns)
+        """The ten tensors in the order of the ops' arguments."""
+        return (*self.rows.tensors(), *self.columns.tensors(), self.bits, self.turns, self.row_order, self.column_order)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """A copy on another device."""

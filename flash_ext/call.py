@@ -140,6 +140,8 @@ class BlockMaskInputs(NamedTuple):
     column_entries: Tensor
     bits: Tensor
     turns: Tensor
+    row_order: Tensor
+    column_order: Tensor
     sinks: Tensor | None
     alibi_slopes: Tensor | None
     k_bias: Tensor | None
@@ -150,4 +152,4 @@ class BlockMaskInputs(NamedTuple):
         return self.row_offsets, self.row_partial, self.row_entries, self.bits
 
 
-BLOCK_MASK_TENSORS = 14  # the first fields of BlockMaskInputs are tensors or None
+BLOCK_MASK_TENSORS = 16  # the first fields of BlockMaskInputs are tensors or None

@@ -29,6 +29,8 @@ struct BlockListParams {
   const BlockEntry* entries;  // (entries)
   const uint32_t* bits;    // (partial blocks, 2, kMaskBlock, kMaskWords)
   const int* turns;        // (entries), of columns: how many blocks of keys come before this one at its block of queries; or null
+  const int* order;        // (own blocks): from the longest line to the shortest; null where there are no lists
+  int num_own_blocks;      // what the order is clamped to
   int64_t batch_stride;    // lines from one sequence to the next; 0: one mask for all
   int head_stride;         // lines from one query head to the next; 0: one mask for all
   int num_entries;         // of all lines: what offsets are clamped to
@@ -78,6 +80,15 @@ struct ListedLine {
             min_of(entry.slot, params.num_bits - 1), int(place / kTilesPerBlock)};
   }
 };
+
+// The tile, of kTile own scores, that comes `rank`-th: whole blocks after each other. Tiles beyond the sequence are among them.
+template <int kTile>
+FX_HOST_DEVICE constexpr int ordered_tile(const BlockListParams& params, int rank) {
+  constexpr int kTilesPerBlock = kMaskBlock / kTile;
+  return clamp(params.order[rank / kTilesPerBlock], 0, params.num_own_blocks - 1) * kTilesPerBlock + rank % kTilesPerBlock;
+}
+// How many ranks there are, with tiles of so many scores.
+constexpr int num_ordered_tiles(int seqlen, int tile) { return ceil_div(seqlen, kMaskBlock) * (kMaskBlock / tile); }
 
 // In a deterministic sum of dQ, how many tiles of kBlockN keys add to a tile of queries before tile n_block of keys.
 template <int kBlockN>

@@ -76,13 +76,22 @@ FX_HOST_DEVICE constexpr SequenceBlock dense_block(const FwdParams& params, cons
 constexpr Schedule make_fwd_schedule(const FwdParams& params, int block_m) {
   const int positions = block_m / params.heads_per_tile;
   const bool packed = params.seqlens_q.cu_seqlens != nullptr;
-  const int num_m_blocks = packed ? num_slots(params.seqlens_q.num_rows, params.batch, positions)
-                                  : ceil_div(params.seqlens_q.num_rows, positions);
+  int num_m_blocks = packed ? num_slots(params.seqlens_q.num_rows, params.batch, positions)
+                            : ceil_div(params.seqlens_q.num_rows, positions);
+  if (params.blocks.order != nullptr) num_m_blocks = num_ordered_tiles(params.seqlens_q.num_rows, block_m);
   const int tiles_per_group = ceil_div(params.num_heads / params.num_heads_kv, params.heads_per_tile);
   // Packed sequences are taken to be alike: their lengths are not known here.
   const int64_t keys = packed ? ceil_div(params.seqlens_k.num_rows, params.batch) : params.seqlens_k.num_rows;
   return make_schedule(num_m_blocks, packed ? 1 : params.batch * params.num_splits, params.num_heads_kv * tiles_per_group,
                        params.num_heads_kv, keys / params.num_splits * (params.head_dim + params.head_dim_v) * 2);
+}
+
+// The item at a place of the schedule of a call with lists, see num_ordered_tiles.
+template <int kBlockM>
+FX_HOST_DEVICE constexpr WorkItem listed_item(const FwdParams& params, int index) {
+  WorkItem item = params.schedule.item(index);
+  item.m_block = ordered_tile<kBlockM>(params.blocks, params.schedule.num_m_blocks - 1 - item.m_block);
+  return item;
 }
 
 #ifdef __CUDACC__

@@ -22,14 +22,14 @@ using torch::stable::detail::to;
 
 // One direction of a mask, its three tensors: rows of q's blocks or columns of k's.
 struct Lists {
-  const Tensor &offsets, &num_partial, &entries;
+  const Tensor &offsets, &num_partial, &entries, &order;
 };
 
 // Memory safety: shapes and dtypes. The values are clamped on the device. seqlen: of the lines' own sequence.
 BlockListParams block_list_params(const Lists& lists, const Tensor& bits, const FwdProblem& problem, int64_t seqlen,
                                   int64_t other_seqlen, const char* name) {
   using TorchType = torch::headeronly::ScalarType;
-  for (const Tensor* tensor : {&lists.offsets, &lists.num_partial, &lists.entries, &bits}) {
+  for (const Tensor* tensor : {&lists.offsets, &lists.num_partial, &lists.entries, &lists.order, &bits}) {
     FX_CHECK(tensor->scalar_type() == TorchType::Int && tensor->is_contiguous(), "attention: the tensors of ", name,
              " must be contiguous and int32");
   }
@@ -37,7 +37,8 @@ BlockListParams block_list_params(const Lists& lists, const Tensor& bits, const 
   const int64_t blocks = ceil_div<int64_t>(seqlen, kMaskBlock);
   FX_CHECK(partial.dim() == 3 && (partial.size(0) == 1 || partial.size(0) == problem.batch()) &&
                (partial.size(1) == 1 || partial.size(1) == problem.num_heads()) && partial.size(2) == blocks &&
-               lists.offsets.dim() == 1 && lists.offsets.numel() == partial.numel() + 1,
+               lists.offsets.dim() == 1 && lists.offsets.numel() == partial.numel() + 1 && lists.order.dim() == 1 &&
+               lists.order.numel() == blocks,
            "attention: ", name, " was built for another call");
   FX_CHECK(lists.entries.dim() == 2 && lists.entries.size(1) == 2 && lists.entries.size(0) <= std::numeric_limits<int>::max(),
            "attention: the entries of ", name, " must be (entries, 2)");
@@ -50,6 +51,8 @@ BlockListParams block_list_params(const Lists& lists, const Tensor& bits, const 
           .entries = static_cast<const BlockEntry*>(lists.entries.data_ptr()),
           .bits = static_cast<const uint32_t*>(bits.data_ptr()),
           .turns = nullptr,
+          .order = static_cast<const int*>(lists.order.data_ptr()),
+          .num_own_blocks = static_cast<int>(blocks),
           .batch_stride = partial.size(0) == 1 ? 0 : heads * blocks,
           .head_stride = heads == 1 ? 0 : static_cast<int>(blocks),
           .num_entries = static_cast<int>(lists.entries.size(0)),
@@ -61,6 +64,7 @@ void add_lists(OpMemory& memory, const Lists& lists, const Tensor& bits) {
   memory.add(lists.offsets, MemoryRole::kIn, "offsets");
   memory.add(lists.num_partial, MemoryRole::kIn, "num_partial");
   memory.add(lists.entries, MemoryRole::kIn, "entries");
+  memory.add(lists.order, MemoryRole::kIn, "order");
   memory.add(bits, MemoryRole::kIn, "bits");
 }
 
@@ -89,7 +93,7 @@ FwdResults fwd_block_mask(Tensor q, Tensor k, Tensor v, FX_BLOCK_MASK_PARAMETERS
   const FwdPlan plan = plan_fwd(problem, device);
   FX_CHECK(!plan.backend.empty(), "attention: backend '", problem.backend, "' cannot run this call; ",
            plan.rejections_as_text());
-  const Lists rows{row_offsets, row_partial, row_entries};
+  const Lists rows{row_offsets, row_partial, row_entries, row_order};
   const BlockListParams blocks = block_list_params(rows, bits, problem, problem.seqlen_q(), problem.seqlen_k(), "block_mask.rows");
   if (plan.variant == nullptr) {
     std::vector<StableIValue> stack;
@@ -114,7 +118,7 @@ Gradients bwd_block_mask(std::optional<Tensor> dout, std::optional<Tensor> dlse,
   const DeviceInfo& device = device_info_of(q);
   const FwdPlan plan = plan_bwd(problem, device);
   if (plan.variant != nullptr) {
-    const Lists columns{column_offsets, column_partial, column_entries};
+    const Lists columns{column_offsets, column_partial, column_entries, column_order};
     BlockListParams blocks =
         block_list_params(columns, bits, problem, problem.seqlen_k(), problem.seqlen_q(), "block_mask.columns");
     FX_CHECK(turns.scalar_type() == torch::headeronly::ScalarType::Int && turns.is_contiguous() && turns.dim() == 1 &&

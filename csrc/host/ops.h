@@ -46,10 +46,10 @@ std::tuple<Tensor, Tensor> mask_blocks(Tensor mask);
 // The arguments of the ops with a BlockMask from row_offsets to softcap, and the names in the same order.
 #define FX_BLOCK_MASK_PARAMETERS                                                                                           \
   Tensor row_offsets, Tensor row_partial, Tensor row_entries, Tensor column_offsets, Tensor column_partial,               \
-      Tensor column_entries, Tensor bits, Tensor turns, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,                \
+      Tensor column_entries, Tensor bits, Tensor turns, Tensor row_order, Tensor column_order, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,                \
       std::optional<Tensor> k_bias, double softmax_scale, double softcap
 #define FX_BLOCK_MASK_NAMES                                                                                               \
-  row_offsets, row_partial, row_entries, column_offsets, column_partial, column_entries, bits, turns, sinks, alibi_slopes, k_bias, \
+  row_offsets, row_partial, row_entries, column_offsets, column_partial, column_entries, bits, turns, row_order, column_order, sinks, alibi_slopes, k_bias, \
       softmax_scale, softcap
 
 // out, lse, max_logit

@@ -235,6 +235,7 @@ __device__ __forceinline__ bool find_bwd_work(const BwdParams& params, BwdWork* 
   const WorkItem item = params.schedule.item(blockIdx.x);
   // Tiles of keys ascend within a head: the order of a deterministic dQ, and with causal masks the longest come first.
   SequenceBlock place{item.batch, params.schedule.num_m_blocks - 1 - item.m_block};
+  if constexpr (Config::Tiles::kListed) place.block = ordered_tile<Config::kBlockN>(params.blocks, place.block);
   if (params.seqlens_k.cu_seqlens != nullptr) {
     place = block_at_slot(params.seqlens_k, params.batch, Config::kBlockN, place.block);
   }
@@ -649,8 +650,9 @@ cudaError_t launch_bwd(Kernel* kernel, BwdParams params, cudaStream_t stream) {
   static_assert(kSharedBytes <= bytes_of(Config::kLimit), "the tile does not fit the devices that it is made for");
 
   const bool packed = params.seqlens_k.cu_seqlens != nullptr;
-  const int num_n_blocks = packed ? num_slots(params.seqlens_k.num_rows, params.batch, Config::kBlockN)
-                                  : ceil_div(params.seqlens_k.num_rows, Config::kBlockN);
+  const int num_n_blocks = Config::Tiles::kListed ? num_ordered_tiles(params.seqlens_k.num_rows, Config::kBlockN)
+                           : packed ? num_slots(params.seqlens_k.num_rows, params.batch, Config::kBlockN)
+                                    : ceil_div(params.seqlens_k.num_rows, Config::kBlockN);
   const int grid_batch = packed ? 1 : params.batch;
   const int64_t num_items = int64_t(num_n_blocks) * params.num_heads_kv * grid_batch;
   if (num_items == 0) return cudaSuccess;

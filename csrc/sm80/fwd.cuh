@@ -154,8 +154,11 @@ __device__ __forceinline__ void flash_fwd_sm80(const FwdParams& params) {
 
   {
     const int thread = read_thread();
-    const QueryTile queries =
-        warp_query_tile<Config::kBlockM>(params, params.schedule.item(read_block()), read_lane());
+    const auto item = [&] {
+      if constexpr (Config::Tiles::kListed) return listed_item<Config::kBlockM>(params, read_block());
+      return params.schedule.item(read_block());
+    };
+    const QueryTile queries = warp_query_tile<Config::kBlockM>(params, item(), read_lane());
     if (!queries.exists()) return;
     const Sequence& sequence = queries.sequence;
     typename Config::KeyTiles tiles;

@@ -233,7 +233,9 @@ cudaError_t launch_bwd(Kernel* kernel, BwdParams params, cudaStream_t stream) {
   const SeqlenParams &of_q = params.seqlens_q, &of_k = params.seqlens_k;
   const bool packed = of_k.cu_seqlens != nullptr;
   const int num_keys = min_of(params.key_end, of_k.num_rows) - params.key_begin;  // of a sequence
-  const int num_groups = packed ? num_slots(of_k.num_rows, params.batch, Config::kItemKeys) : ceil_div(num_keys, Config::kItemKeys);
+  const int num_groups = Config::Tiles::kListed ? num_ordered_tiles(of_k.num_rows, Config::kBlockN)
+                         : packed               ? num_slots(of_k.num_rows, params.batch, Config::kItemKeys)
+                                                : ceil_div(num_keys, Config::kItemKeys);
   const int grid_batch = packed ? 1 : params.batch;
   const int64_t num_items = int64_t(num_groups) * params.num_heads_kv * grid_batch;
   if (num_items == 0 || of_k.num_rows == 0) return cudaSuccess;

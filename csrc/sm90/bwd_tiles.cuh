@@ -238,7 +238,9 @@ __device__ __forceinline__ KeyItem key_item(const BwdParams& params, int round) 
   const Schedule& schedule = params.schedule;
   const WorkItem work = schedule.item(item_index<Config>(round));
   SequenceBlock place{work.batch, schedule.num_m_blocks - 1 - work.m_block};
-  if (!Config::Tiles::kListed && params.seqlens_k.cu_seqlens != nullptr) {
+  if constexpr (Config::Tiles::kListed) {
+    place.block = ordered_tile<Config::kBlockN>(params.blocks, place.block);
+  } else if (params.seqlens_k.cu_seqlens != nullptr) {
     place = block_at_slot(params.seqlens_k, params.batch, Config::kItemKeys, place.block);
   }
   const int n_block = place.block * Config::Cluster::kCtas + static_cast<int>(rank_in_pair<Config>());
@@ -246,7 +248,7 @@ __device__ __forceinline__ KeyItem key_item(const BwdParams& params, int round) 
 }
 
 // The items of one CTA in order, the same for every role: function(item, tiles of queries). Tiles of keys ascend within
-// a head, which is the order of a deterministic dQ and, for causal masks, begins with the longest.
+// a head (those of lists in their own order), which is the order of a deterministic dQ and begins with the longest.
 template <class Config, class Function>
 __device__ __forceinline__ void for_each_key_item(const BwdParams& params, Function&& function) {
   for (int round = 0; item_index<Config>(round) < params.schedule.num_items(); ++round) {

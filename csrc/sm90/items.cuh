@@ -31,13 +31,15 @@ __device__ __forceinline__ void for_each_item(const typename Config::Params& par
   for (int round = 0;; ++round) {
     const int index = Schedule::index(round, blockIdx.x, gridDim.x);
     if (index >= num_items) return;
-    const QueryTile queries = Work::template query_tile<Config::kBlockM>(params, index, lane);
-    if (!queries.exists()) continue;
     if constexpr (Config::Tiles::kListed) {
       static_assert(kMaskBlock % Config::kBlockM == 0, "a tile of queries lies in one block");
+      const QueryTile queries = warp_query_tile<Config::kBlockM>(params, listed_item<Config::kBlockM>(params, index), lane);
+      if (!queries.exists()) continue;
       function(queries, ListedTiles<Config::kBlockN>::of_line(params.blocks, queries.index, queries.head(0),
                                                               queries.first_position / kMaskBlock));
     } else {
+      const QueryTile queries = Work::template query_tile<Config::kBlockM>(params, index, lane);
+      if (!queries.exists()) continue;
       const KeyTiles tiles = Config::Tiles::template key_tiles<Config::kBlockN>(
           typename Config::Mask(params.mask), queries.sequence, queries.first_position, queries.last_position(Config::kBlockM));
       function(queries, Work::part_of(params, queries, tiles));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -59,6 +60,29 @@ def check_lists(found: BlockMask, mask: Tensor) -> None:
             for row, word in ((0, 0), (1, 3), (77, 2), (127, 1)):
                 bits = found.bits[slot, which, row, word].item() & 0xFFFFFFFF
                 assert bits == sum(1 << (2 * c + e) for c in range(16) for e in (0, 1) if rows[row, 8 * c + 2 * word + e])
+
+
+@pytest.mark.parametrize("name", checks.RANDOM)
+def test_orders_and_turns(name: str) -> None:
+    """Longest lines first, the last block of keys last; a turn counts the blocks before it, in that order, of its line."""
+    mask = checks.random_mask(name)
+    made = create_block_mask(mask, mask.shape[0], mask.shape[1], *mask.shape[2:])
+    where = made.coordinates()
+    for order, along in ((made.row_order, 2), (made.column_order, 3)):
+        counts = torch.bincount(where[:, along], minlength=len(order))
+        counts = counts[order] if along == 2 else counts[order[:-1]]
+        assert sorted(order.tolist()) == list(range(len(order))) and (counts.diff() <= 0).all()
+    assert made.column_order[-1] == len(made.column_order) - 1
+    rank = {block: i for i, block in enumerate(made.column_order.tolist())}
+    kept = {tuple(entry[:4]) for entry in where.tolist()}
+    place = 0
+    for line, (begin, end) in enumerate(itertools.pairwise(made.columns.offsets.tolist())):
+        b, h, n = line // len(rank) // mask.shape[1], line // len(rank) % mask.shape[1], line % len(rank)
+        for m, _ in made.columns.entries[begin:end].tolist():
+            before = sum((b, h, m, other) in kept for other in rank if rank[other] < rank[n])
+            assert made.turns[place] == before
+            place += 1
+    assert place == len(made.turns)
 
 
 @pytest.mark.parametrize("name", checks.RANDOM)

@@ -152,12 +152,23 @@ def test_lists_that_cannot_be_right_stay_within_the_tensors(schedule) -> None:
     leaves = leaves_of(keep, 4, 4, (64, 64), {}, torch.bfloat16)
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     huge, negative = 2**31 - 1, -(2**31)
-    for position in range(3):
+    for position in (0, 1, 2, 8):
+        if position == 8:
+            schedule("plain")  # blocks that come twice in the order are written twice
         for value in (huge, negative, 1000, -7):
             tensors = [t.clone() for t in mask.tensors()]
             tensors[position].view(-1)[1::2] = value
             arguments = (q, k, v, *tensors, None, None, None, 0.125, 0.0, False, False, None)
             torch.ops.flash_ext.fwd_block_mask(*arguments)
+    if not BWD_ROWS:
+        return
+    out, lse, _ = torch.ops.flash_ext.fwd_block_mask(q, k, v, *mask.tensors(), None, None, None, 0.125, 0.0, False, False, None)
+    for position in (3, 5, 9):
+        for value in (huge, negative, 1000, -7):
+            tensors = [t.clone() for t in mask.tensors()]
+            tensors[position].view(-1)[1::2] = value
+            arguments = (out, None, q, k, v, out, lse, *tensors, None, None, None, 0.125, 0.0, False, 7, None)
+            torch.ops.flash_ext.bwd_block_mask(*arguments)
 
 
 # Of rows that differ in their shared memory alone, this GPU takes one.
