@@ -3,8 +3,8 @@
 They differ from flash-attn 2.8 (flash_ext.compat itself) in the order of their arguments (no dropout_p), in seqused_q and
 seqused_k, and in return_attn_probs, which returns (out, softmax_lse). Tensors are those of flash_ext.compat.flash_attn_2.
 
-num_splits 0 and 1 (with a cache, any number) and pack_gqa only tune speed: the planner decides about both, and results do not
-depend on them.
+num_splits 0 and 1 (with a cache, any number), pack_gqa and scheduler_metadata only tune speed: the planner decides about them, and
+results do not depend on them.
 
 q, k and v (or a qkv) of float8_e4m3fn give a bfloat16 out and have no gradient; q_descale, k_descale and v_descale, their scales,
 are (batch, nheads_k) float32, or None for 1. Every kind that flash_ext.attention takes is taken here too. Where FlashAttention-3
@@ -25,7 +25,7 @@ from ..attention import attention
 from ..merge import merge_attention
 from ..varlen import attention_varlen
 from . import kvcache
-from .common import offsets, refuse, rows, split, window
+from .common import describe, offsets, refuse, rows, split, window
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -229,9 +229,9 @@ def flash_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, ...]:
     """FlashAttention-3's flash_attn_with_kvcache; see flash_ext.compat.flash_attn_with_kvcache, whose block_table is page_table.
 
-    Besides the arguments of the other functions, packed queries and packed new keys (cu_seqlens_q, cu_seqlens_k_new),
-    rotary_seqlens and scheduler_metadata (flash_ext needs no plan made ahead) are not supported. max_seqlen_q goes with
-    cu_seqlens_q, and has no meaning without it.
+    Besides the arguments of the other functions, packed queries and packed new keys (cu_seqlens_q, cu_seqlens_k_new) and
+    rotary_seqlens are not supported. max_seqlen_q goes with cu_seqlens_q, and has no meaning without it. scheduler_metadata
+    changes nothing: see get_scheduler_metadata.
 
     Returns:
         out (batch, seqlen_q, nheads, headdim_v); with return_softmax_lse (out, softmax_lse, out_accum, softmax_lse_accum):
@@ -240,7 +240,7 @@ def flash_attn_with_kvcache(
     function = "flash_attn_3.flash_attn_with_kvcache"
     refuse(
         function, qv=qv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
-        attention_chunk=attention_chunk or None, scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
+        attention_chunk=attention_chunk or None, sm_margin=sm_margin or None,
     )  # fmt: skip
     result = kvcache.attend(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
@@ -249,6 +249,55 @@ def flash_attn_with_kvcache(
         q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
     return (*result, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else result
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """FlashAttention-3's get_scheduler_metadata: there a plan of the splits, made once for the layers of a step.
+
+    flash_ext needs none: every call decides on the device, from the lengths that it finds there. So this returns an empty int32
+    tensor on cache_seqlens' device, for flash_attn_with_kvcache's scheduler_metadata and to be copied into a graph's buffers.
+
+    Args:
+        cache_seqlens: (batch_size,) int32. The other arguments describe the calls to come; they are not looked at.
+
+    Raises:
+        TypeError, ValueError: cache_seqlens is no int32 tensor of shape (batch_size,).
+        NotImplementedError: for what flash_attn_with_kvcache refuses: cu_seqlens_q, cu_seqlens_k_new, attention_chunk, sm_margin.
+    """
+    function = "flash_attn_3.get_scheduler_metadata"
+    refuse(
+        function, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, attention_chunk=attention_chunk or None,
+        sm_margin=sm_margin or None,
+    )  # fmt: skip
+    if not isinstance(cache_seqlens, Tensor):
+        raise TypeError(f"{function}: cache_seqlens must be a torch.Tensor, got {type(cache_seqlens).__name__}")
+    if cache_seqlens.dtype != torch.int32 or tuple(cache_seqlens.shape) != (batch_size,):
+        raise ValueError(
+            f"{function}: cache_seqlens must be int32 of shape (batch_size,) = ({batch_size},), got {describe(cache_seqlens)}"
+        )
+    return torch.empty(0, dtype=torch.int32, device=cache_seqlens.device)
 
 
 def _refuse(function, qv, attention_chunk, num_splits, sm_margin) -> None:

@@ -67,6 +67,14 @@ SIGNATURES = {
             ("pack_gqa", None), ("sm_margin", 0), ("return_softmax_lse", False),
         ),
     ),
+    flash_attn_3.get_scheduler_metadata: (
+        ("batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads_q", "num_heads_kv", "headdim", "cache_seqlens"),
+        (
+            ("qkv_dtype", torch.bfloat16), ("headdim_v", None), ("cu_seqlens_q", None), ("cu_seqlens_k_new", None),
+            ("cache_leftpad", None), ("page_size", None), ("max_seqlen_k_new", 0), ("causal", False), ("window_size", (-1, -1)),
+            ("attention_chunk", 0), ("has_softcap", False), ("num_splits", 0), ("pack_gqa", None), ("sm_margin", 0),
+        ),
+    ),
     bert_padding.unpad_input: (("hidden_states", "attention_mask"), (("unused_mask", None),)),
     bert_padding.unpad_input_for_concatenated_sequences: (("hidden_states", "attention_mask_in_length"), ()),
     bert_padding.pad_input: (("hidden_states", "indices", "batch", "seqlen"), ()),
@@ -258,6 +266,42 @@ def test_version_3_with_a_cache():
     torch.testing.assert_close(same, out)
     everything = compat.flash_attn_with_kvcache(q, k_cache, v_cache, window_size=(-7, -3), softcap=-2.0)
     torch.testing.assert_close(everything, oracle(q, k_cache, v_cache)[0])
+
+
+def test_version_3_needs_no_plan_of_splits():
+    """scheduler_metadata is taken, and changes no bit; what the calls themselves refuse, the plan refuses too."""
+    q, k_cache, v_cache = random(2, 1, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
+    lengths = torch.tensor([3, 6], dtype=torch.int32)
+    plan = flash_attn_3.get_scheduler_metadata(2, 1, 9, 4, 2, 8, lengths, page_size=16, causal=True, num_splits=4, pack_gqa=True)
+    assert plan.dtype == torch.int32 and plan.shape == (0,) and plan.device == lengths.device
+    options = {"cache_seqlens": lengths, "causal": True}
+    out = flash_attn_3.flash_attn_with_kvcache(q, k_cache, v_cache, scheduler_metadata=plan, pack_gqa=True, **options)
+    assert torch.equal(out, flash_attn_3.flash_attn_with_kvcache(q, k_cache, v_cache, **options))
+    with pytest.raises(
+        ValueError, match=r"cache_seqlens must be int32 of shape \(batch_size,\) = \(3,\), got int32 tensor of shape \(2,\)"
+    ):
+        flash_attn_3.get_scheduler_metadata(3, 1, 9, 4, 2, 8, lengths)
+    with pytest.raises(TypeError, match="got int"):
+        flash_attn_3.get_scheduler_metadata(2, 1, 9, 4, 2, 8, 5)
+    with pytest.raises(NotImplementedError, match="sm_margin=8"):
+        flash_attn_3.get_scheduler_metadata(2, 1, 9, 4, 2, 8, lengths, sm_margin=8)
+
+
+def test_version_3_with_everything_a_cache_has():
+    """Rotary embedding, padding on the left, sequences in any order and splits reach attention_with_kvcache as they are."""
+    rotated = {"rotary_cos": random(20, 4), "rotary_sin": random(20, 4, seed=5), "rotary_interleaved": False}
+    shared = {"cache_seqlens": torch.tensor([3, 6], dtype=torch.int32), "cache_batch_idx": torch.tensor([2, 0], dtype=torch.int32)}
+    results = []
+    for function, names in (
+        (flash_attn_3.flash_attn_with_kvcache, {}),
+        (flash_ext.attention_with_kvcache, {"leftpad": "leftpad_k"}),
+    ):
+        q, k_cache, v_cache = random(2, 2, 4, 8), random(3, 9, 2, 8, seed=1), random(3, 9, 2, 8, seed=2)
+        k, v = random(2, 2, 2, 8, seed=3), random(2, 2, 2, 8, seed=4)
+        leftpad = {names.get("leftpad", "cache_leftpad"): torch.tensor([1, 0], dtype=torch.int32)}
+        out = function(q, k_cache, v_cache, k, v, **rotated, **shared, **leftpad, causal=True, softmax_scale=0.3, num_splits=3)
+        results.append((out, k_cache, v_cache))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compiled():
