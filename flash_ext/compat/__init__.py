@@ -2,6 +2,7 @@
 
     from flash_ext.compat import flash_attn_func, flash_attn_varlen_func     # flash-attn 2.8
     from flash_ext.compat import flash_attn_3                                # flash-attn's hopper/flash_attn_interface.py
+    from flash_ext.compat import flash_mla                                   # FlashMLA, dense decoding
     from flash_ext.compat import bert_padding                                # flash_attn/bert_padding.py
     from flash_ext.compat import scaled_dot_product_attention                # torch.nn.functional
     flash_ext.compat.transformers.register()                                 # Hugging Face transformers
@@ -10,7 +11,7 @@ Every argument of the original is there, in its order and with its default. One 
 NotImplementedError with its name and value; nothing is ignored but hints that only tune speed.
 """
 
-from . import bert_padding, flash_attn_3, transformers
+from . import bert_padding, flash_attn_3, flash_mla, transformers
 from .flash_attn_2 import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -32,6 +33,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flash_mla",
     "scaled_dot_product_attention",
     "transformers",
 ]

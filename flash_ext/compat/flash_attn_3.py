@@ -10,8 +10,8 @@ q, k and v (or a qkv) of float8_e4m3fn give a bfloat16 out and have no gradient;
 are (batch, nheads_k) float32, or None for 1. Every kind that flash_ext.attention takes is taken here too. Where FlashAttention-3
 ignores scales of 16-bit tensors, here they are an error.
 
-Errors: NotImplementedError, with name and value, for qv, attention_chunk, num_splits > 1 and sm_margin; otherwise those of
-flash_ext.attention and flash_ext.attention_varlen.
+Errors: NotImplementedError, with name and value, for qv without a cache, attention_chunk, num_splits > 1 and sm_margin; otherwise
+those of flash_ext.attention and flash_ext.attention_varlen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..attention import attention
 from ..merge import merge_attention
 from ..varlen import attention_varlen
 from . import kvcache
-from .common import describe, offsets, refuse, rows, split, window
+from .common import describe, offsets, refuse, refuse_fp8, rows, split, window
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -229,6 +229,9 @@ def flash_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, ...]:
     """FlashAttention-3's flash_attn_with_kvcache; see flash_ext.compat.flash_attn_with_kvcache, whose block_table is page_table.
 
+    qv (absorbed latent attention: q (..., 64), qv (..., 512), k_cache (..., 64), v_cache (..., 512)) needs caches in one memory, as
+    v_cache = cache[..., :512] and k_cache = cache[..., 512:] are, and goes without rotary_cos; q is copied.
+
     Besides the arguments of the other functions, packed queries and packed new keys (cu_seqlens_q, cu_seqlens_k_new) and
     rotary_seqlens are not supported. max_seqlen_q goes with cu_seqlens_q, and has no meaning without it. scheduler_metadata
     changes nothing: see get_scheduler_metadata.
@@ -239,9 +242,14 @@ def flash_attn_with_kvcache(
     """
     function = "flash_attn_3.flash_attn_with_kvcache"
     refuse(
-        function, qv=qv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
+        function, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
         attention_chunk=attention_chunk or None, sm_margin=sm_margin or None,
     )  # fmt: skip
+    if qv is not None:
+        refuse(function, rotary_cos=rotary_cos, rotary_sin=rotary_sin)  # it would turn latent columns
+        refuse_fp8(function, qv=qv, q=q, k_cache=k_cache, v_cache=v_cache)
+        q, k_cache, k = _absorbed(function, q, qv, k_cache, v_cache, k, v)
+        v_cache, v = k_cache[..., : v_cache.shape[3]], None
     result = kvcache.attend(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
         softmax_scale=softmax_scale, causal=bool(causal), window_size=window(window_size), softcap=softcap if softcap > 0 else 0.0,
@@ -298,6 +306,28 @@ def get_scheduler_metadata(
             f"{function}: cache_seqlens must be int32 of shape (batch_size,) = ({batch_size},), got {describe(cache_seqlens)}"
         )
     return torch.empty(0, dtype=torch.int32, device=cache_seqlens.device)
+
+
+def _absorbed(
+    function: str, q: Tensor, qv: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(q, k_cache, k) whose rows are those of (qv, v_cache, v) followed by those of (q, k_cache, k): scores are q.k + qv.v.
+
+    The caches must lie so in memory, as vLLM's do: v_cache = cache[..., :512], k_cache = cache[..., 512:]. q and k are copied.
+    """
+    dims = v_cache.shape[3], k_cache.shape[3]
+    strides = k_cache.stride()
+    together = k_cache.shape[:3] == v_cache.shape[:3] and strides == v_cache.stride() and strides[3] == 1
+    if not together or k_cache.data_ptr() != v_cache.data_ptr() + dims[0] * v_cache.element_size():
+        raise NotImplementedError(
+            f"{function}: qv needs columns of k_cache that lie behind those of v_cache in the same rows of memory, "
+            f"v_cache = cache[..., :{dims[0]}] and k_cache = cache[..., {dims[0]}:]"
+        )
+    cache = v_cache.as_strided((*v_cache.shape[:3], sum(dims)), strides)
+    if (k is None) != (v is None):
+        raise ValueError(f"{function}: k and v must be given together")
+    row = None if k is None or v is None else torch.cat((v, k), -1)
+    return torch.cat((qv, q), -1), cache, row
 
 
 def _refuse(function, qv, attention_chunk, num_splits, sm_margin) -> None:
