@@ -12,6 +12,7 @@
 
 #include <climits>
 
+#include "common/dependent_launch.cuh"
 #include "common/kvcache_params.h"
 
 namespace flash_ext {
@@ -182,6 +183,7 @@ __device__ __forceinline__ void decide(const AppendKvParams& params) {
 template <class Config>
 __device__ __forceinline__ void append_kv(const AppendKvParams& params) {
   using Element = typename Config::Element;
+  allow_next_kernel();
   if (blockIdx.x == 0) {
     decide<Config>(params);
     return;

@@ -14,6 +14,7 @@
 
 #include <climits>
 
+#include "common/dependent_launch.cuh"
 #include "common/kvcache_params.h"
 
 namespace flash_ext {
@@ -53,6 +54,7 @@ template <class Config>
 __device__ __forceinline__ void combine(const CombineParams& params) {
   using Element = typename Config::Element;
   constexpr int kThreads = Config::kThreadsPerRow, kAccesses = Config::kAccesses;
+  wait_for_previous_kernel();
   const int thread = threadIdx.x % kThreads;
   const int rows_of_sequence = params.num_heads * params.seqlen_q;
   // Rows beyond the last work on it again, and store nothing: the shuffles need every lane.
@@ -119,11 +121,10 @@ cudaError_t launch_combine(Kernel* kernel, CombineParams params, cudaStream_t st
   if (rows > INT_MAX - Config::kBlockM) return cudaErrorInvalidConfiguration;
   params.by_rows = make_divisor(params.num_heads * params.seqlen_q);
   params.by_seqlen_q = make_divisor(params.seqlen_q);
-  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
   void* arguments[] = {&params};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                          dim3(static_cast<unsigned>(ceil_div(rows, int64_t(Config::kBlockM)))),
-                          dim3(Config::kNumThreads), arguments, 0, stream);
+  return launch_kernel(reinterpret_cast<const void*>(kernel),
+                       dim3(static_cast<unsigned>(ceil_div(rows, int64_t(Config::kBlockM)))), dim3(Config::kNumThreads),
+                       arguments, 0, stream, params.dependent != 0);
 }
 
 }  // namespace flash_ext

@@ -46,6 +46,7 @@ struct FwdCacheParams : FwdParams {
   float* lse_partial;     // (parts, num_heads, seqlen_q)
   int num_m_blocks;       // tiles of queries of one head, or of heads that share a tile
   int items_per_part;     // num_m_blocks for every such head
+  int dependent;          // launched behind append_kv as dependent_launch.cuh says; 9.0 alone
   Divisor by_items, by_m_blocks;
 };
 
@@ -59,6 +60,7 @@ struct CombineParams {
   RowStrides out_strides;
   int batch, num_heads, seqlen_q, head_dim_v;
   int max_parts;  // of out_partial: no index goes beyond
+  int dependent;  // launched behind the forward as dependent_launch.cuh says; rows of 9.0 alone
   Divisor by_rows, by_seqlen_q;  // the launcher fills these in: rows of a sequence, rows of a head
 };
 

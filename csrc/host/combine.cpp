@@ -62,6 +62,7 @@ void combine(Tensor out_partial, Tensor lse_partial, Tensor part_begin, std::opt
   params.seqlen_q = static_cast<int>(seqlen_q);
   params.head_dim_v = static_cast<int>(head_dim_v);
   params.max_parts = static_cast<int>(parts);
+  params.dependent = variant->arch == 90;
   const LaunchScope scope(out);
   FX_CUDA_CHECK(find_combine(variant->name)(params, scope.stream()), variant->name);
 }

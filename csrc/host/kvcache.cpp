@@ -165,6 +165,7 @@ std::tuple<Tensor, Tensor> attend_to_cache(FX_CACHE_PARAMETERS, const CacheFp8* 
     params.num_ctas = static_cast<int>(plan.grid);
     params.num_m_blocks = static_cast<int>(plan.num_m_blocks);
     params.items_per_part = static_cast<int>(plan.items_per_part);
+    params.dependent = plan.prepares && plan.variant->arch == 90;
     if (parts) {
       params.part_begin = static_cast<const int*>(part_begin.data_ptr());
       params.out_partial = static_cast<float*>(out_partial.data_ptr());

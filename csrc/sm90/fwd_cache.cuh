@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/cache_work.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/kvcache_params.h"
 #include "sm90/fwd.cuh"
 
@@ -140,7 +141,7 @@ struct CacheTmaProducer {
 // consumers may be waiting for just those tiles.
 template <class Config, class Shared>
 struct CacheGatherLoader {
-  static constexpr int kLag = 3;
+  static constexpr int kLag = max_of(3, Config::kStages);
   static constexpr int kRowsOfWarp = Config::kBlockN / Config::kGatheringWarps;
   static constexpr int kRowsAtOnce = min_of(32, kRowsOfWarp);  // a lane looks up one row at a time
   const FwdCacheParams& params;
@@ -262,6 +263,7 @@ struct CacheConfig : CacheTile<kHeadDim_> {
 
 template <class Config>
 __device__ __forceinline__ void flash_fwd_cache(const FwdCacheParams& params) {
+  wait_for_previous_kernel();
   flash_fwd_sm90<Config>(params);
 }
 
@@ -294,10 +296,9 @@ cudaError_t launch_cache_kernel(Kernel* kernel, Params params, int shared_bytes,
 
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
-  // Its own status, not cudaGetLastError(): that would blame this launch for an earlier call's error.
   void* arguments[] = {&params};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(params.num_ctas), dim3(Config::kNumThreads), arguments,
-                          shared_bytes, stream);
+  return launch_kernel(reinterpret_cast<const void*>(kernel), dim3(params.num_ctas), dim3(Config::kNumThreads), arguments,
+                       shared_bytes, stream, params.dependent != 0);
 }
 
 // kernel: the variant's entry, an instance of flash_fwd_cache<Config>. Sizes, dtype and alignment have been checked.

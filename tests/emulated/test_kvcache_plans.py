@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 from kvcache_cases import CASES, Case
 
 import flash_ext
-from flash_ext import _emulator
+from flash_ext import _emulator, env
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "emulator"))
+
+import mutate
 
 from benchmarks import caches, memory, registry, runner, timing
 from benchmarks.ceilings import Ceilings
@@ -50,6 +54,29 @@ def test_the_kernels_are_those_that_are_launched(name: str, schedule) -> None:
     assert tuple(each.kernel for each in launched) == told.kernels
     of_row = next(each for each in launched if each.kernel == told.variant)
     assert tuple(of_row.grid) == told.grid
+
+
+GLOBAL_ACCESS = r"\b(?:ld|st|red|atom)\.[\w.:]*global|\bcp\.(?:reduce\.)?async|\bld\.(?:acquire|relaxed)"
+
+
+@pytest.mark.skipif(env.EMULATE != "sm90", reason="dependent launches are for compute capability 9.0")
+@pytest.mark.parametrize("page_size", (None, 3))
+def test_dependent_kernels_wait_before_they_touch_memory(page_size: int | None) -> None:
+    """The emulator runs kernels one by one, and would not see a kernel that begins too early: this reads the code."""
+    case = Case("dependent", (900, 40), num_heads=8, head_dim=128, page_size=page_size)
+    first, *dependent = flash_ext.explain_with_kvcache(**kvcache_cases.build(case, "cpu", torch.bfloat16)).kernels
+    assert first.startswith("append_kv") and len(dependent) == 2
+
+    def body(kernel: str) -> str:
+        text = _emulator.kernel_ptx(kernel)
+        (found,) = [text[begin:end] for name, begin, end in mutate._kernels(text) if name == kernel]
+        return found
+
+    assert "griddepcontrol.launch_dependents" in body(first)
+    for kernel in dependent:
+        text = body(kernel)
+        access = re.search(GLOBAL_ACCESS, text)
+        assert access and 0 <= text.find("griddepcontrol.wait") < access.start(), kernel
 
 
 @pytest.mark.parametrize("layout", ("as they are", "odd strides"))
