@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import op_gradients, ops
+from . import op_gradients, ops, sequences
 from .call import Call, Inputs
 
 CAPACITY = 128  # rows of a group, and of the tiles of the kernels that take groups
@@ -90,6 +90,10 @@ class JaggedGroups:
                     f"groups were made for {table.shape[0]} rows of {name} in {len(own) - 1} sequences, got {tensor.shape[0]} in "
                     f"{len(offsets) - 1}"
                 )
+            elif sequences.readable(call) and offsets.device == own.device and not torch.equal(offsets, own):
+                at = int((offsets != own).nonzero()[0])
+                values = f"got {int(offsets[at])} and {int(own[at])} at {at}"
+                found.append(f"offsets_{name} must be those that groups were made for, {values}")
         if self.keys_of.device != call.q.device:
             found.append(f"groups.device must equal q.device, got {self.keys_of.device} and {call.q.device}")
         if self.causal != call.causal:

@@ -18,6 +18,12 @@ from .call import Call
 _NAMES = ("cu_seqlens", "seqused", "leftpad", "max_seqlen")
 
 
+def readable(call: Call) -> bool:
+    """Whether values of a packed call's lengths may be read: on the host, or where the caller asked for it."""
+    offsets = call.cu_seqlens_q
+    return not torch.compiler.is_compiling() and _has_values(offsets) and (call.validate or offsets.device.type == "cpu")
+
+
 def _has_values(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
@@ -26,7 +32,7 @@ def violations(call: Call) -> list[str]:
     """What is wrong with the values, which are of the right type, shape and dtype; nothing where none may be read."""
     if torch.compiler.is_compiling():
         return ["validate=True reads values from the device and cannot be compiled"] if call.validate else []
-    if not _has_values(call.cu_seqlens_q) or not (call.validate or call.cu_seqlens_q.device.type == "cpu"):
+    if not readable(call):
         return []
     found = []
     values = _read(call)

@@ -234,6 +234,10 @@ def test_groups_of_another_call() -> None:
         attention_jagged(q, k, v, edges, groups=groups, causal=True)
     with pytest.raises(ValueError, match="groups were made for 7 rows of q in 2 sequences, got 7 in 1"):
         attention_jagged(q, k, v, offsets_of((7,)), groups=groups)
+    with pytest.raises(ValueError, match="offsets_q must be those that groups were made for, got 2 and 3 at 1"):
+        attention_jagged(q, k, v, offsets_of((2, 5)), groups=groups)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0, got 1"):
+        attention_jagged(q, k, v, torch.tensor([1, 3, 7]), groups=groups)
     with pytest.raises(ValueError, match=r"window_size must be \(-1, -1\) with groups, got \(3, 0\)"):
         attention_jagged(q, k, v, edges, groups=groups, window_size=(3, 0))
     with pytest.raises(TypeError, match=r"groups must be made by flash_ext\.jagged_groups, got int"):

@@ -337,6 +337,54 @@ def backward_call(kernel: str) -> Callable[[], list[Any]]:
     return call
 
 
+# (num_heads, num_heads_kv, seqlen_q, seqlen_k) under block masks of each head: rings that wrap within and between items, blocks
+# that are empty, partial, full and ragged.
+LISTED_SHAPES = ((2, 1, 330, 700), (3, 3, 130, 260), (1, 1, 300, 70))
+
+
+def block_mask_call(kernel: str) -> Callable[[], list[Any]]:
+    """A call with lists that launches this forward or backward kernel; returns its results or gradients."""
+    import torch
+
+    import flash_ext
+
+    dtype, dims, _, scored = _parts(kernel)
+    generator = torch.Generator().manual_seed(1)
+    calls = []
+    for heads, heads_kv, seqlen_q, seqlen_k in LISTED_SHAPES:
+        shapes = (
+            (seqlen_q, heads, dims[0]),
+            (seqlen_k, heads_kv, dims[0]),
+            (seqlen_k, heads_kv, dims[-1]),
+            (seqlen_q, heads, dims[-1]),
+        )
+        q, k, v, dout = (torch.randn(1, *shape, generator=generator).to(dtype) for shape in shapes)
+        keep = torch.rand(1, heads, seqlen_q, seqlen_k, generator=generator) < 0.4
+        keep[..., :128, 128:256] = True  # a full block before and behind partial ones
+        keep[:, -1, 128:256, :128] = False  # an empty one
+        keep[..., 3, :] = False
+        mask = flash_ext.create_block_mask(keep, *keep.shape)
+        options = options_of("full", scored, heads, (1, heads_kv, seqlen_k)) | {"block_mask": mask}
+        with torch.no_grad():
+            out, lse = flash_ext.attention(q, k, v, **options, return_lse=True, backend="reference")
+        calls.append((dout, q, k, v, out, lse, mask, options))
+
+    def forward() -> list[torch.Tensor]:
+        results = [flash_ext.attention(q, k, v, **options, return_lse=True) for _, q, k, v, *_, options in calls]
+        return [part for out, lse in results for part in (out.view(torch.int16), lse.view(torch.int32))]
+
+    def backward() -> list[torch.Tensor]:
+        gradients = []
+        for deterministic, (dout, q, k, v, out, lse, mask, options) in [*((True, c) for c in calls), (False, calls[-1])]:
+            scores = [options.get(name) for name in ("sinks", "alibi_slopes", "k_bias")]
+            numbers = (q.shape[-1] ** -0.5, options.get("softcap", 0.0), deterministic, 7, None)
+            results = torch.ops.flash_ext.bwd_block_mask(dout, None, q, k, v, out, lse, *mask.tensors(), *scores, *numbers)
+            gradients += [gradient.view(torch.int16) for gradient in results[:3]]
+        return gradients
+
+    return backward if kernel.startswith("bwd") else forward
+
+
 def _parts(kernel: str) -> tuple[Any, list[int], str, bool]:
     """dtype, (head_dim,) or (head_dim, head_dim_v), mask, and whether scores are modified, by a kernel's name."""
     import torch
@@ -457,6 +505,8 @@ def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> S
 def _call_of(kernel: str) -> Callable[[], list[Any]]:
     if kernel.startswith(("fwd_cache", "fwd_mla")):
         return planted_cache.cache_call(kernel)
+    if "_blocks" in kernel:
+        return block_mask_call(kernel)
     return (backward_call if kernel.startswith("bwd") else attention_call)(kernel)
 
 
