@@ -1,4 +1,4 @@
-"""The backward on pairs of CTAs, emulated: gradients against the oracle, schedules and rows of single CTAs against each other, traffic."""
+"""The backward on pairs of CTAs, emulated: gradients against the oracle, schedules against each other, traffic, planted bugs."""
 
 from __future__ import annotations
 
@@ -69,11 +69,15 @@ def test_gradients(case: Case, dtype: torch.dtype, schedule) -> None:
 
 
 def gradients(case: Case, deterministic: bool) -> tuple[torch.Tensor, ...]:
-    result = cases.run(case, cases.build(case, "cpu", torch.bfloat16), flash_ext.attention, backend="sm90", deterministic=deterministic)
+    tensors = cases.build(case, "cpu", torch.bfloat16)
+    result = cases.run(case, tensors, flash_ext.attention, backend="sm90", deterministic=deterministic)
     return result.dq, result.dk, result.dv
 
 
-ORDERS = (("plain", 1), ("late", 4), ("adversarial1", 3), ("adversarial1", 8), ("adversarial2", 4), ("adversarial3", 2), ("adversarial3", 8))
+ORDERS = (
+    ("plain", 1), ("late", 4), ("adversarial1", 3), ("adversarial1", 8), ("adversarial2", 4), ("adversarial3", 2),
+    ("adversarial3", 8),
+)  # fmt: skip
 ORDERED = tuple(
     Case("order", 330, 2 * d + 300, batch=1, num_heads=2, num_heads_kv=heads_kv, head_dim=d, causal=causal)
     for d, causal, heads_kv in ((128, True, 1), (128, False, 2), (256, True, 2), (256, False, 1))
