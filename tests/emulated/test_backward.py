@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import cases
+import oracle
 import pytest
 import torch
 from cases import Case
@@ -187,3 +188,29 @@ def test_rows_that_see_no_key_give_zeros(schedule) -> None:
     out, lse = flash_ext.attention(*leaves, causal=True, return_lse=True, backend="sm90")
     dq, dk, dv = torch.autograd.grad((out, lse), leaves, (dout, torch.full_like(lse, torch.nan).where(lse.isinf(), 0.0)))
     assert (dq[:, :240] == 0).all() and all(torch.isfinite(g).all() for g in (dq, dk, dv)) and dk.abs().sum() > 0
+
+
+@pytest.mark.parametrize("head_dim,head_dim_v", ALL_DIMS)
+@pytest.mark.parametrize("level", (3, 5))
+def test_gradients_of_saturated_scores(head_dim: int, head_dim_v: int, level: int, schedule) -> None:
+    """Every score lies near level times the cap, where softcap's derivative, 1 - tanh^2, is about 1e-2 or 2e-4, and found from
+    the weight: the error of dq and dk stays that of the 16-bit roundings. (192, 128) takes the row of (192, 192)."""
+    schedule("checks")
+    cap = 5.0
+    generator = torch.Generator().manual_seed(0)
+    q, k = ((torch.randn(1, n, 2, head_dim, generator=generator) * 0.3 + 1).bfloat16() for n in (150, 140))
+    v, dout = (torch.randn(1, n, 2, head_dim_v, generator=generator).bfloat16() for n in (140, 150))
+    options = {"softcap": cap, "softmax_scale": level * cap / head_dim}
+    planned = flash_ext.explain(q, k, v, device_info="sm90", **options).backward.variant
+    assert planned == f"bwd_sm90_bf16_d{head_dim}_local_scored"
+
+    def gradients_of(backend: str) -> tuple[torch.Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        return torch.autograd.grad(flash_ext.attention(*leaves, **options, backend=backend), leaves, dout)
+
+    inputs = (q, k, v)
+    expected = oracle.dense_results(inputs, dout, None, torch.float64, options)
+    for got, reference, name in zip(gradients_of("sm90"), gradients_of("reference"), ("dq", "dk", "dv"), strict=True):
+        true = getattr(expected, name)
+        error, allowed = ((g.double() - true).norm() / true.norm() for g in (got, reference))
+        assert error < 2 * allowed, f"{name}: {error:.1e}, the reference {allowed:.1e}"
