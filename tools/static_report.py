@@ -59,7 +59,7 @@ PIPES = {
 CYCLES = {"mufu": 8, "fma": 1, "alu": 2, "imad": 2}
 # Fused multiply-adds a cycle of an SM's tensor cores, 16-bit; 8-bit twice that. mma.sync is an instruction of one warp.
 GMMA_FMAS = 2048
-MMA_SYNC_FMAS = 1024
+MMA_SYNC_FMAS = 1024  # an A100's 16-bit and an L40's 8-bit products
 CONSUMER_ROWS = 64  # rows of queries of one warpgroup's tile
 
 # FlashAttention-3 at 0251105a, compiled with nvcc 13.0 for sm_90a with its own flags and counted the same way:
@@ -188,7 +188,7 @@ def fmas_of(opcode: str) -> tuple[int, float]:
     if match := re.match(r"([HQI])GMMA\.(?:SP\.)?64x(\d+)x(\d+)", opcode):
         fmas = 64 * int(match[2]) * int(match[3])
         return fmas, fmas / (GMMA_FMAS if match[1] == "H" else 2 * GMMA_FMAS)
-    if match := re.match(r"HMMA\.(16)(8)(8|16)", opcode):
+    if match := re.match(r"[HQ]MMA\.(16)(8)(8|16|32)\b", opcode):
         fmas = 4 * int(match[1]) * int(match[2]) * int(match[3])
         return fmas, fmas / MMA_SYNC_FMAS
     return 0, 0.0

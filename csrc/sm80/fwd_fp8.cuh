@@ -31,7 +31,7 @@ namespace flash_ext::sm80::fp8 {
 template <int kHeadDim, class Score>
 struct Tile {
   static constexpr int kBlockM = 128, kBlockN = 64, kWarps = 8, kStages = 2;
-  static constexpr int kMinBlocksPerSm = kHeadDim > 128 || Score::kModifies ? 1 : 2;
+  static constexpr int kMinBlocksPerSm = kHeadDim > (Score::kModifies ? 64 : 128) ? 1 : 2;
 };
 
 // A kernel for every head_dim and head_dim_v up to kHeadDim: copies fill the other columns with zeros.

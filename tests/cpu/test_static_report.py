@@ -105,6 +105,7 @@ def test_tensor_instructions_of_every_kind() -> None:
     assert static_report.fmas_of("HGMMA.64x176x16.F32.BF16") == (64 * 176 * 16, 88)
     assert static_report.fmas_of("QGMMA.64x128x32.F32.E4M3.E4M3") == (64 * 128 * 32, 64)
     assert static_report.fmas_of("HMMA.16816.F32.BF16") == (4 * 16 * 8 * 16, 8)
+    assert static_report.fmas_of("QMMA.16832.F32.E4M3.E4M3") == (4 * 16 * 8 * 32, 16)
     assert static_report.fmas_of("FFMA") == (0, 0.0)
 
 
