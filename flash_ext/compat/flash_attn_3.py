@@ -330,28 +330,6 @@ def get_scheduler_metadata(
     return torch.empty(0, dtype=torch.int32, device=cache_seqlens.device)
 
 
-def _absorbed(
-    function: str, q: Tensor, qv: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(q, k_cache, k) whose rows are those of (qv, v_cache, v) followed by those of (q, k_cache, k): scores are q.k + qv.v.
-
-    The caches must lie so in memory, as vLLM's do: v_cache = cache[..., :512], k_cache = cache[..., 512:]. q and k are copied.
-    """
-    dims = v_cache.shape[3], k_cache.shape[3]
-    strides = k_cache.stride()
-    together = k_cache.shape[:3] == v_cache.shape[:3] and strides == v_cache.stride() and strides[3] == 1
-    if not together or k_cache.data_ptr() != v_cache.data_ptr() + dims[0] * v_cache.element_size():
-        raise NotImplementedError(
-            f"{function}: qv needs columns of k_cache that lie behind those of v_cache in the same rows of memory, "
-            f"v_cache = cache[..., :{dims[0]}] and k_cache = cache[..., {dims[0]}:]"
-        )
-    cache = v_cache.as_strided((*v_cache.shape[:3], sum(dims)), strides)
-    if (k is None) != (v is None):
-        raise ValueError(f"{function}: k and v must be given together")
-    row = None if k is None or v is None else torch.cat((v, k), -1)
-    return torch.cat((qv, q), -1), cache, row
-
-
 def _refuse(function, qv, attention_chunk, num_splits, sm_margin) -> None:
     refuse(
         function, qv=qv, attention_chunk=attention_chunk or None, num_splits=num_splits if num_splits > 1 else None,
