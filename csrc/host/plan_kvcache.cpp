@@ -157,17 +157,18 @@ CachePlan plan_kvcache(const CacheProblem& problem, const DeviceInfo& device) {
       plan.variant = nullptr;
       return plan;
     }
-    // With four rounds of items and more, parts would gain less than their combination costs.
     plan.grid = resident_ctas(*plan.variant, device);
-    const bool splits = problem.num_splits > 1 || (problem.num_splits == 0 && items < 4 * plan.grid);
+    const SplitProblem split{.batch = static_cast<int>(problem.batch()),
+                             .items_per_part = static_cast<int>(plan.items_per_part),
+                             .num_ctas = static_cast<int>(plan.grid),
+                             .num_splits = static_cast<int>(problem.num_splits),
+                             .block_n = plan.variant->block_n,
+                             .seqlen_q = static_cast<int>(problem.seqlen_q()),
+                             .window_left = static_cast<int>(problem.window_left)};
+    // Beyond so many rounds of items, parts would gain less than their combination costs, even where lengths differ.
+    const int64_t rounds = max_rounds(split) == kManyRounds ? kManyRounds : 4;
+    const bool splits = problem.num_splits > 1 || (problem.num_splits == 0 && items < rounds * plan.grid);
     if (splits && tiles > 1) {
-      const SplitProblem split{.batch = static_cast<int>(problem.batch()),
-                               .items_per_part = static_cast<int>(plan.items_per_part),
-                               .num_ctas = static_cast<int>(plan.grid),
-                               .num_splits = static_cast<int>(problem.num_splits),
-                               .block_n = plan.variant->block_n,
-                               .seqlen_q = static_cast<int>(problem.seqlen_q()),
-                               .window_left = static_cast<int>(problem.window_left)};
       plan.max_parts = max_total_parts(split, static_cast<int>(problem.capacity));
     } else {
       plan.grid = std::max<int64_t>(1, std::min<int64_t>(plan.grid, items));

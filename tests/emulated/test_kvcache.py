@@ -116,12 +116,13 @@ def reference_append(made: dict, _: list[int], **changes) -> None:
 # --- parts ---
 
 
-def chosen(lengths: list[int], items: int, ctas: int, splits: int, window: int = -1, seqlen_q: int = 1) -> list[int]:
-    """The parts of each sequence, by the rule of csrc/common/splits.cuh written again; 64 keys a tile."""
+def chosen(lengths: list[int], items: int, ctas: int, splits: int, window: int, block_n: int) -> list[int]:
+    """The parts of each sequence, by the rule of csrc/common/splits.cuh written again, for one row of queries."""
+    seqlen_q = 1
 
     def tiles_of(n: int) -> int:
         begin = max(0, n - seqlen_q - window) if window >= 0 else 0
-        return -(-n // 64) - begin // 64 if n > 0 else 0
+        return -(-n // block_n) - begin // block_n if n > 0 else 0
 
     tiles = [tiles_of(n) for n in lengths]
 
@@ -130,12 +131,13 @@ def chosen(lengths: list[int], items: int, ctas: int, splits: int, window: int =
 
     if splits:
         return [parts(t, 1) for t in tiles]
-    best = None
-    for rounds in range(1, 9):
-        target = max(2, -(-sum(tiles) * items // (ctas * rounds)))
+    best, total = None, sum(tiles)
+    for rounds in (*range(1, 9), *((12, 16, 24, 32) if block_n >= 128 and seqlen_q <= 8 else ())):
+        target = max(2, -(-total * items // (ctas * rounds)))
         counts = [parts(t, target) for t in tiles]
         longest = max((-(-t // p) for t, p in zip(tiles, counts, strict=True)), default=0)
-        cost = -(-sum(counts) * items // ctas) * (longest + 1)
+        in_rounds = -(-sum(counts) * items // ctas) * (longest + 1)
+        cost = min(in_rounds, -(-(total + sum(counts)) * items // ctas) + longest)
         if best is None or cost < best[0]:
             best = (cost, counts)
     return best[1]
@@ -148,17 +150,23 @@ def chosen(lengths: list[int], items: int, ctas: int, splits: int, window: int =
 def test_parts_of_the_keys(lengths: tuple[int, ...], splits: int, schedule) -> None:
     schedule("checks")
     batch = len(lengths)
-    for items, ctas, window in ((8, 132, -1), (1, 132, 1000), (32, 20, -1)):
+    for items, ctas, window, block_n in (
+        (8, 132, -1, 64),
+        (1, 132, 1000, 64),
+        (32, 20, -1, 64),
+        (8, 132, -1, 128),
+        (2, 132, -1, 128),
+    ):
         q = torch.zeros(batch, 1, 8, 8, dtype=torch.bfloat16)
         cache = torch.zeros(1, 40000, 1, 8, dtype=torch.bfloat16).expand(batch, -1, -1, -1)
         seqlens = torch.tensor(lengths, dtype=torch.int32)
         leftpad = torch.tensor([n // 10 for n in lengths], dtype=torch.int32)
         _, got_lengths, part_begin = torch.ops.flash_ext.append_kv(
-            q, cache, cache, None, None, seqlens, None, leftpad, None, None, None, True, True, [items, ctas, splits, 64, window]
+            q, cache, cache, None, None, seqlens, None, leftpad, None, None, None, True, True, [items, ctas, splits, block_n, window]
         )  # fmt: skip
         visible = [n - n // 10 for n in lengths]
         assert got_lengths.tolist() == list(lengths)
-        assert part_begin.diff().tolist() == chosen(visible, items, ctas, splits, window) and part_begin[0] == 0
+        assert part_begin.diff().tolist() == chosen(visible, items, ctas, splits, window, block_n) and part_begin[0] == 0
 
 
 # --- combine ---

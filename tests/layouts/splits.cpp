@@ -124,6 +124,33 @@ void check_choice_is_good() {
   }
 }
 
+// Lengths log-uniform from 1k to 128k, many rounds of items: the busiest CTA against an even share.
+void check_mixed_lengths() {
+  std::mt19937 random(2);
+  for (const int items : {1, 2, 8}) {
+    for (const int batch : {32, 67, 128, 256}) {
+      const SplitProblem problem{batch, items, 132, 0, 128, 1, -1};
+      std::vector<int> lengths;
+      for (int b = 0; b < batch; ++b) lengths.push_back(1024 << (random() % 8));
+      const std::vector<int> parts = parts_of(problem, lengths);
+      std::vector<int64_t> load(problem.num_ctas);
+      int64_t total = 0, item = 0;
+      for (int b = 0; b < batch; ++b) {
+        const KeyTiles tiles{visible_tiles(problem, lengths[b]), visible_tiles(problem, lengths[b]), 0, 0};
+        for (int part = 0; part < parts[b]; ++part) {
+          for (int i = 0; i < items; ++i, ++item) {
+            const int count = tiles_of_part(tiles, parts[b], part).num_tiles;
+            load[item % problem.num_ctas] += count + kItemCost, total += count;
+          }
+        }
+      }
+      const int64_t busiest = *std::max_element(load.begin(), load.end());
+      EXPECT(busiest * problem.num_ctas * 100 <= total * 118, "%d items, batch %d: %d tiles against an even share of %d", items,
+             batch, int(busiest), int(total / problem.num_ctas));
+    }
+  }
+}
+
 void check_visible_tiles() {
   for (int keys = -3; keys < 400; ++keys) {
     for (const int window : {-1, 0, 1, 63, 64, 200}) {
@@ -170,6 +197,7 @@ int main() {
   check_parts_cover_the_list();
   check_room_and_balance();
   check_choice_is_good();
+  check_mixed_lengths();
   check_visible_tiles();
   check_places();
   std::printf("%d failures\n", failures);

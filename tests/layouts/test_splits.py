@@ -14,7 +14,7 @@ MISTAKES = {
     "rounding": ("splits.cuh", "part * each + min_of(part, longer)", "part * each"),
     "masked": ("splits.cuh", "clamp(tiles.num_masked - begin, 0, count)", "clamp(tiles.num_masked, 0, count)"),
     "room": ("splits.cuh", "problem.batch + filling", "problem.batch + filling / 8"),
-    "choice": ("splits.cuh", "if (cost < least)", "if (cost < least && rounds == 8)"),
+    "choice": ("splits.cuh", "if (cost < least)", "if (cost < least && candidate == 7)"),
     "window": ("splits.cuh", "- problem.seqlen_q - problem.window_left", "- problem.window_left"),
     "page": ("kv.cuh", "existing == block}", "true}"),
 }
