@@ -61,6 +61,7 @@ class Worker {
   Worker(LaunchContext& launch, size_t residents)
       : launch_(launch),
         residents_(residents),
+        random_(launch.options.seed),
         counts(launch.program->code.size()),
         traffic(launch.program->code.size()),
         copied(launch.program->code.size()) {}
@@ -79,7 +80,9 @@ class Worker {
       }
       if (running.empty()) return;
       for (size_t i = 0; i < running.size() && !launch_.stop;) {
-        if (run_cluster(*running[i], kTurn)) {
+        // Hostile turns are of any length, so that what CTAs do to each other's memory comes in many orders.
+        const uint64_t turn = launch_.hostile() ? kTurn >> random_() % 10 : kTurn;
+        if (run_cluster(*running[i], turn)) {
           running.erase(running.begin() + static_cast<ptrdiff_t>(i));
         } else {
           ++i;
@@ -161,6 +164,7 @@ class Worker {
 
   LaunchContext& launch_;
   size_t residents_;
+  std::mt19937_64 random_;  // of turns
 
  public:
   std::vector<uint64_t> counts;

@@ -14,6 +14,7 @@ constexpr uint32_t kMaxTimeouts = 3;
 constexpr uint64_t kDefaultLimit = 20'000'000'000;
 // Warps that spin on memory are not blocked: they are stopped when for so long nothing had an effect.
 constexpr uint64_t kMaxIdle = 50'000'000;
+constexpr uint64_t kPatience = 200'000;
 
 void remove_path(Warp& w, uint32_t index) {
   w.paths[index] = w.paths.back();
@@ -364,7 +365,11 @@ bool run_cluster(Cluster& cluster, uint64_t budget) {
   if (total > limit)
     stop_running(cluster, "watchdog", std::to_string(total) + " warp instructions executed and no end");
   // A warp that polls memory always moves: work in flight, which it may be waiting for, comes all the same in the end.
-  if (cluster.effects == effects) force_one(cluster);
+  cluster.polled = cluster.effects != effects ? 0 : cluster.polled + executed;
+  if (cluster.polled >= kPatience) {
+    cluster.polled = 0;
+    force_one(cluster);
+  }
   const uint64_t idle = cluster.effects != effects ? (launch.idle = 0) : launch.idle += executed;
   if (idle > kMaxIdle) {
     stop_running(cluster, "livelock",

@@ -240,6 +240,7 @@ struct Cluster {
   uint64_t cluster_generation = 0;
   std::vector<std::pair<Cta*, uint32_t>> order;  // scratch of the scheduler
   uint64_t effects = 0;                          // stores, arrivals, copies, exits: what others could be waiting for
+  uint64_t polled = 0;                           // instructions, in whole turns, since the last of them
 };
 
 struct LaunchContext {
