@@ -202,6 +202,7 @@ class Loop:
     instructions: float
     counts: dict[str, float]
     cycles: dict[str, float]  # tensor, mufu, fma, alu (with integer multiply-adds), issue
+    mma_sync: dict[str, float]  # of loops with mma.sync: the products ("mma") and the matrix loads that feed them ("ldmatrix")
 
     @property
     def bound(self) -> str:
@@ -217,7 +218,7 @@ class Loop:
 
     def figures(self) -> dict[str, float]:
         rounded = {name: round(value, 1) for name, value in self.cycles.items()}
-        return {"instructions": round(self.instructions, 1), **rounded}
+        return {"instructions": round(self.instructions, 1), **rounded, **self.mma_sync}
 
 
 def fmas_of_a_tile(row: variants.Variant) -> int | None:
@@ -243,7 +244,10 @@ def loop_of(trip: list[Instruction], tile_fmas: int | None) -> Loop:
         "alu": CYCLES["alu"] * counts.get("alu", 0),
         "issue": issue,
     }
-    return Loop(unrolled, issue, counts, cycles)
+    products = sum(re.match(r"[HIQ]MMA", i.opcode) is not None for i in trip)
+    loads = sum(i.opcode.startswith("LDSM") for i in trip)
+    mma_sync = {"mma": round(products / unrolled, 1), "ldmatrix": round(loads / unrolled, 1)} if products else {}
+    return Loop(unrolled, issue, counts, cycles, mma_sync)
 
 
 @dataclass(frozen=True)

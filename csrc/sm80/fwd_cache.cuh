@@ -244,8 +244,7 @@ __device__ __forceinline__ void attend_item(const FwdCacheParams& params, CacheS
   }
   typename Config::Output out(params, queries, warp_row);
   out.store_lse(lse, lane);
-  __syncwarp();
-  // Staged in the warp's own rows of Q's first slab, which no other warp reads.
+  // Staged in the warp's own rows of Q's first slab, which no other warp reads; it has read them before the last barrier.
   out.store_rows(acc_o[0], shared_address(shared.q) + warp_row * kSlabRowBytes, lane);
 }
 

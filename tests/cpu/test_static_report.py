@@ -61,6 +61,16 @@ def test_a_trip_is_counted_by_pipe() -> None:
     assert loop.bound == "tensor" and loop.peak_share == 1.0 and loop.added_share == pytest.approx(512 / 530)
 
 
+def test_products_and_matrix_loads_of_mma_sync_are_figures() -> None:
+    (loop,) = loops(
+        "top:", "LDSM.16.M88.4 R4, [R2]", "LDSM.16.MT88.4 R8, [R2+0x10]", ["HMMA.16816.F32.BF16 R12, R4, R8, R12"] * 4,
+        "LDS R1, [R2]", "@P0 BRA =top", "EXIT",
+    )  # fmt: skip
+    assert loop.figures() | {"mma": 4, "ldmatrix": 2} == loop.figures()
+    (hopper,) = loops("top:", QK, "@P0 BRA =top", "EXIT")
+    assert "mma" not in hopper.figures()
+
+
 def test_unrolling_is_divided_out() -> None:
     once, work = static_report.fmas_of_a_tile(ROW), ["FFMA R1, R2, R3, R4"] * 30
     (single,) = loops("top:", QK, PV, work, "@P0 BRA =top", "EXIT", tile_fmas=once)

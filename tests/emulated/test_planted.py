@@ -1,8 +1,9 @@
-"""Planted bugs: every wait, arrival, fence, copy and descriptor of the Hopper forward broken in turn, under the checks.
+"""Planted bugs: every wait, arrival, fence, copy and descriptor of some kernels broken in turn, under the checks.
 
 One row of each kind: three or two consumers, causal, full and a window with a modified score, one or two stages of Q, and
 the output staged in an area of its own or (d192, d256) in Q; a row of the backward, and rows over KV caches, by TMA and
-gathered. `python tests/emulator/planted.py NAME` runs any other.
+gathered; for other GPUs each scheme of stages of the forward, a row of the backward, and rows over caches.
+`python tests/emulator/planted.py NAME` runs any other.
 """
 
 from __future__ import annotations
@@ -26,10 +27,16 @@ CACHE_ROWS = (
     "fwd_cache_sm90_bf16_d128_causal", "fwd_cache_gather_sm90_bf16_d128_causal", "fwd_cache_sm90_bf16_d64_local_scored",
     "fwd_mla_sm90_bf16_d576x512_local", "fwd_mla_gather_sm90_bf16_d576x512_local",
 )  # fmt: skip
-KERNELS = [*(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal", *CACHE_ROWS]
+KERNELS = {
+    "sm90": [*(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal", *CACHE_ROWS],
+    "sm80": [
+        "fwd_sm80_bf16_d128_causal_smem163", "fwd_sm80_bf16_d128_causal_smem99", "fwd_sm80_bf16_d256_full_smem99",
+        "bwd_sm80_bf16_d64_causal_smem163", "fwd_cache_sm80_bf16_d128_causal", "fwd_cache_sm80_bf16_d256_local_scored",
+    ],
+}.get(env.EMULATE, [])  # fmt: skip
 results: dict[str, list[planted.Result]] = {}
 
-pytestmark = pytest.mark.skipif(env.EMULATE != "sm90", reason="plants bugs in the Hopper kernels")
+pytestmark = pytest.mark.skipif(not KERNELS, reason="bugs are planted in the kernels of sm90 and sm80")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -55,4 +62,4 @@ def test_every_explanation_is_needed(capsys: pytest.CaptureFixture[str]) -> None
         print("".join(f"\n{r.id}: {r.because}" for r in everything if r.because))
         print(planted.summary(everything), end=" ")
     used = {r.because for r in everything}
-    assert [entry for entry in planted.SURVIVORS if entry.because not in used] == []
+    assert [entry for entry in planted.survivors_of(KERNELS[0]) if entry.because not in used] == []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -20,12 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("FLASH_EXT_EMULATE", "sm90")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulator")]
 
 import mutate  # noqa: E402
 import planted_cache  # noqa: E402
+import planted_sm80  # noqa: E402
+from survivor import Survivor  # noqa: E402
 
 # Checks find most bugs in the first run; the others are for bugs that only an unlucky order shows.
 RUNS = (
@@ -57,17 +59,6 @@ WINDOW = (150, 60)
 PACKED = (((100, 300), (0, 5), (230, 150), (3, 0)), ((3, 90), (1, 40), (0, 2), (5, 130)))
 # A bug may turn a loop endless.
 INSTRUCTION_LIMIT = 20_000_000
-
-
-@dataclass(frozen=True)
-class Survivor:
-    """Edits that change nothing: of these kinds, at a source line (anywhere in the chain of inlined calls) with `at`."""
-
-    kinds: str
-    at: str
-    because: str
-    kernels: str = ""  # parts of names, any of them; empty: every kernel
-    after: str = ""  # in one of the two lines before
 
 
 SURVIVORS = (
@@ -296,8 +287,10 @@ BACKWARD_SHAPES = (
     (3, 3, 70, 130, None),
     (1, 1, 0, 70, None),
     (2, 1, 330, 100, None),
+    (1, 1, 100, 100, None),
 )
-# The last of them also in any order, which for one tile of keys is a fixed one.
+# The last two also in any order, which for one tile of keys is a fixed one: with two stages of Q, the last tile of queries lies
+# in either.
 
 
 def backward_call(kernel: str) -> Callable[[], list[Any]]:
@@ -322,10 +315,13 @@ def backward_call(kernel: str) -> Callable[[], list[Any]]:
         with torch.no_grad():  # the reference's results serve an edited backward kernel as well
             out, lse = flash_ext.attention(q, k, v, **options, return_lse=True, backend="reference")
         calls.append((dout, q, k, v, out, lse, options))
+    runs = [*((True, c) for c in calls), *((False, c) for c in calls[-2:])]
+    if "_sm80_" in kernel:
+        runs.append((True, planted_sm80.cancelling_sums(dtype, dims, mask)))
 
     def call() -> list[torch.Tensor]:
         gradients = []
-        for deterministic, (dout, q, k, v, out, lse, options) in [*((True, c) for c in calls), (False, calls[-1])]:
+        for deterministic, (dout, q, k, v, out, lse, options) in runs:
             scale = q.shape[-1] ** -0.5 if options["softmax_scale"] is None else options["softmax_scale"]
             none = [None] * 9
             results = torch.ops.flash_ext.bwd(
@@ -385,11 +381,16 @@ def block_mask_call(kernel: str) -> Callable[[], list[Any]]:
     return backward if kernel.startswith("bwd") else forward
 
 
+def gpu_of(kernel: str) -> str:
+    """The GPU, as FLASH_EXT_EMULATE names it, whose plans reach a kernel."""
+    return "sm86" if kernel.endswith("_smem99") else re.search(r"_(sm\d+)_", kernel)[1]
+
+
 def _parts(kernel: str) -> tuple[Any, list[int], str, bool]:
     """dtype, (head_dim,) or (head_dim, head_dim_v), mask, and whether scores are modified, by a kernel's name."""
     import torch
 
-    _, _, dtype, head_dim, mask, *scored = kernel.split("_")
+    _, _, dtype, head_dim, mask, *scored = re.sub(r"_smem\d+$", "", kernel).split("_")
     dims = [int(n) for n in head_dim[1:].split("x")]
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], dims, mask, bool(scored)
 
@@ -438,7 +439,8 @@ class Bench:
     def __init__(self, emulator: Any, kernel: str, call: Callable[[], list[Any]]) -> None:
         self.emulator, self.kernel, self.call = emulator, kernel, call
         self.ptx = emulator.kernel_ptx(kernel)
-        self.good = [self.run(run) for run in RUNS]
+        self.runs = (*RUNS, *(planted_sm80.BACKWARD_RUNS if kernel.startswith("bwd_sm80") else ()))
+        self.good = [self.run(run) for run in self.runs]
         if any(caught for caught, _, _ in self.good):
             raise RuntimeError(f"{kernel} fails without any planted bug: {self.good}")
         launched = {record.kernel for record in emulator.launches()}
@@ -463,7 +465,7 @@ class Bench:
         result = Result(site.id, site.kind, site.ptx_line, " < ".join(site.source), "", -1)
         self.emulator.replace_ptx(self.kernel, mutate.apply(self.ptx, site))
         try:
-            for i, run in enumerate(RUNS):
+            for i, run in enumerate(self.runs):
                 result.caught, result.message, values = self.run(run)
                 if not result.caught and any((a != b).any() for a, b in zip(values, self.good[i][2], strict=True)):
                     result.caught = "wrong result"
@@ -492,9 +494,13 @@ def runs_in(kernels: str, kernel: str) -> bool:
     return not kernels or any(part in kernel for part in kernels.split())
 
 
-def explain(site: mutate.Site, survivors: tuple[Survivor, ...] = SURVIVORS) -> Survivor | None:
+def survivors_of(kernel: str) -> tuple[Survivor, ...]:
+    return planted_sm80.SURVIVORS if "_sm80_" in kernel else SURVIVORS
+
+
+def explain(site: mutate.Site, survivors: tuple[Survivor, ...] | None = None) -> Survivor | None:
     lines = source_lines(site.source)
-    for entry in survivors:
+    for entry in survivors_of(site.kernel) if survivors is None else survivors:
         if site.kind not in entry.kinds.split() or not runs_in(entry.kernels, site.kernel):
             continue
         if any(entry.at in line and entry.after in before for before, line in lines):
@@ -543,6 +549,7 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=sorted(mutate.KINDS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    os.environ["FLASH_EXT_EMULATE"] = gpu_of(options.kernel)  # flash_ext is not imported yet
     results = run_kernel(options.kernel, options.kind, lambda line: print(line, flush=True))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
