@@ -1,4 +1,4 @@
-"""What decoding, masks and FP8 must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
+"""What decoding, masks, FP8 and the sm80 kernels must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
 
 Over caches:
 - share of the copy bandwidth: at least 0.85 where memory is the limit, that is where the ceilings say that the bytes take
@@ -9,6 +9,8 @@ Over caches:
 In FP8 (preset fp8), for every case that both computed:
 - speed over the faster of cuDNN and FlashAttention-3, neither of which flushes: at least 0.95 with flushing, 1.0 without.
 - speed over our own bf16 kernel for the same shape: at least 1.4 with flushing.
+
+The sm80 kernels (preset sm80): at least 0.95 times the speed of FlashAttention-2, each pass by itself.
 
 The preset `mask`: mask_criteria.py. Only times from a GPU are judged.
 """
@@ -25,6 +27,7 @@ PAGED_OVER_DENSE = 1.05
 COMPARED_PAGE = 16
 FP8_FLUSHED, FP8_UNFLUSHED, FP8_OVER_BF16 = 0.95, 1.0, 1.4
 UNFLUSHED = "flash_ext_unflushed"
+SM80, SM80_OVER_FA2 = "flash_ext_sm80", 0.95
 SHORTEST_S = 20e-6
 PASS, FAIL = "pass", "fail"
 
@@ -39,6 +42,16 @@ def _judged(criterion: str, row: dict[str, Any], value: float, bound: float, at_
     passed = value >= bound if at_least else value <= bound
     verdict = PASS if passed else FAIL
     return {"criterion": criterion, "case": row["name"], "value": value, "bound": bound, "verdict": verdict}
+
+
+def _sm80(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of preset sm80."""
+    found = []
+    for row in run["cases"] if run.get("preset") == "sm80" else []:
+        ours, theirs = _timed(row, SM80), _timed(row, "fa2")
+        if ours and theirs:
+            found.append(_judged("sm80 kernels over FlashAttention-2", row, theirs / ours, SM80_OVER_FA2, at_least=True))
+    return found
 
 
 _LENGTHS = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v")
@@ -97,4 +110,4 @@ def criteria(run: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(_judged("time over the dense cache", row, over, PAGED_OVER_DENSE, at_least=False))
     for criterion, name, value, bound, at_least in mask_criteria(run["cases"], ours):
         found.append(_judged(criterion, {"name": name}, value, bound, at_least))
-    return found + _fp8(run, ours)
+    return found + _fp8(run, ours) + _sm80(run)

@@ -293,6 +293,13 @@ def _jagged(gpu: bool) -> list[Case]:
     return cases
 
 
+def _sm80(gpu: bool) -> list[Case]:
+    """What kernels without wgmma must reach beside FlashAttention-2, 512 to 16k."""
+    if not gpu:
+        return _same_tokens(256, 128, (64, 128), (64, 256))
+    return _same_tokens(16384, 2048, (64, 128), (512, 1024, 2048, 4096, 8192, 16384))
+
+
 def _features(gpu: bool) -> list[Case]:
     """Layers of published models: gpt-oss (sinks, window 128), Gemma 2 (softcap 50, window 4096), Mistral (window 4096)."""
     gpt_oss = ((64, 8, 64, 128, 0.0, True), (64, 8, 64, 0, 0.0, True)) if gpu else ((4, 2, 64, 32, 0.0, True),)
@@ -327,6 +334,7 @@ PRESETS: dict[str, tuple[str, Callable[[bool], list[Case]]]] = {
     "mask": ("windows, packed documents, prefix, trees, block-sparse masks of growing density, jagged rows", _mask),
     "features": ("attention layers of gpt-oss, Gemma 2 and Mistral: sinks, softcap, windows", _features),
     "fp8": ("head_dim 128 and 256, full and causal, 2k to 16k, in e4m3 and in bf16", _fp8),
+    "sm80": ("our kernels for GPUs without wgmma, on any GPU, beside FlashAttention-2; head_dim 64 and 128", _sm80),
     "memory": ("one sequence of growing length: peak extra bytes", _memory),
 }
 FORWARD_ONLY = {"decode", "paged", "fp8"}

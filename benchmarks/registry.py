@@ -87,6 +87,22 @@ class FlashExt(Implementation):
         return {"q_descale": scales, "k_descale": scales, "v_descale": scales}
 
 
+class FlashExtSm80(FlashExt):
+    """Our kernels for GPUs without wgmma, on any GPU: on a Hopper through their PTX."""
+
+    name, title = "flash_ext_sm80", "flash_ext, sm80 kernels"
+
+    def bind(self, case: Case, device: str) -> Attend:
+        _require(case.dtype in ("bf16", "fp16") and not isinstance(case, CacheCase), f"not measured with {case.dtype} or caches")
+        options = _options_of_ours(case, device)
+        shapes = [torch.empty(shape, dtype=DTYPES[case.dtype], device=device) for shape in case.shapes()[:3]]
+        if case.lengths:
+            shapes = [t[0] for t in shapes]
+        reasons = flash_ext.supported(*shapes, **options)["sm80"]
+        _require(not reasons, "; ".join(reasons))
+        return _our_call(case, {**options, "backend": "sm80"})
+
+
 class FlashExtUnflushed(FlashExt):
     """Our FP8 kernel without its second level of sums: what FlashAttention-3 does."""
 
@@ -424,6 +440,7 @@ class CachePackage(Implementation):
 def implementations() -> dict[str, Implementation]:
     found = (
         FlashExt(),
+        FlashExtSm80(),
         FlashExtUnflushed(),
         FlashExtBlockScales(),
         Sdpa("cudnn", "cuDNN", SDPBackend.CUDNN_ATTENTION, masks=True),

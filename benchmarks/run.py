@@ -37,6 +37,7 @@ DEFAULT_IMPLEMENTATIONS = {"cuda": "flash_ext,cudnn,fa2,fa3,flex", "cpu": "refer
 # Over KV caches; SDPA has no cache, so that its kernels read gathered ones.
 CACHE_PRESETS = ("decode", "paged")
 CACHE_IMPLEMENTATIONS = {"cuda": "flash_ext,fa3,flash_attn,flashinfer,flashmla,cudnn,fa2", "cpu": "reference,math"}
+SM80_IMPLEMENTATIONS = "flash_ext_sm80,fa2"
 FP8_IMPLEMENTATIONS = "flash_ext,flash_ext_unflushed,flash_ext_block,cudnn,fa3"
 UNFUSED = "math"  # what the memory preset compares with
 DEFAULT_SECONDS = {"cuda": 1.0, "cpu": 0.2}
@@ -156,6 +157,8 @@ def default_implementations(preset: str, device: str) -> list[str]:
     names = (CACHE_IMPLEMENTATIONS if preset in CACHE_PRESETS else DEFAULT_IMPLEMENTATIONS)[device].split(",")
     if preset == "fp8" and device == "cuda":
         names = FP8_IMPLEMENTATIONS.split(",")
+    if preset == "sm80" and device == "cuda":
+        names = SM80_IMPLEMENTATIONS.split(",")
     return [*names, UNFUSED] if preset == "memory" and UNFUSED not in names else names
 
 
