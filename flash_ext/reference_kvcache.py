@@ -173,8 +173,9 @@ def _attend_rows(q, k_cache, v_cache, cache, leftpad, scoring, sinks, alibi_slop
         present = (position >= 0) & (row < length[:, None])
         # Rows that nobody may see become zeros, so that NaN in them cannot meet a weight of zero.
         keys, values = (
-            torch.where(present[..., None, None], c[block, offset].to(wide) * _scale(descale, part, block, offset), 0)
-            .transpose(1, 2)[:, :, None]
+            torch.where(present[..., None, None], c[block, offset].to(wide) * _scale(descale, part, block, offset), 0).transpose(
+                1, 2
+            )[:, :, None]
             for c, descale in zip((k_cache, v_cache), descales, strict=True)
         )
         scores = q_rows @ keys.mT
