@@ -61,7 +61,10 @@ def violations(call: Call, sized: bool) -> list[str]:
         ] * (len(given) > 0)
     found = []
     if call.block_mask is not None:
-        found.append("block_mask is not supported with float8_e4m3fn q, k and v")
+        found.append(
+            "block_mask is not supported with float8_e4m3fn q, k and v: give them in 16 bits, or the mask as causal, window_size "
+            "or sequences of attention_varlen"
+        )
     if call.out_dtype is not None and call.out_dtype not in OUT_DTYPES:
         found.append(f"out_dtype must be bfloat16 or float16, got {call.out_dtype}")
     if call.flush_every is not None and call.flush_every < 0:

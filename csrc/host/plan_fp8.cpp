@@ -22,6 +22,11 @@ bool device_runs(const DeviceInfo& device, const Fp8Backend& backend) {
   return backend.arch == 90 ? device.arch == 90 : device.arch >= backend.arch;
 }
 
+// Whether keys or queries do not begin where a block of scales does.
+bool needs_alignment(const FwdProblem& problem, const Fp8Options& options) {
+  return options.block_scales && (problem.leftpad || (problem.num_parts > 0 && !options.whole_blocks));
+}
+
 // The row of this backend that covers the problem with the least work. A row with more general policies can stand in: scales of
 // blocks for those of heads, flushed sums for others.
 const Variant* find_row(const Fp8Backend& backend, const FwdProblem& problem, const Fp8Options& options) {
@@ -34,7 +39,9 @@ const Variant* find_row(const Fp8Backend& backend, const FwdProblem& problem, co
   for (const Variant& row : variants()) {
     if (row.op != Op::k_fwd_fp8 || row.arch != backend.arch) continue;
     const std::string_view kind = row.kind;
-    const bool covers = row.head_dim >= problem.head_dim() && row.head_dim_v >= problem.head_dim_v() &&
+    // Hopper's most general rows alone align keys with blocks of scales.
+    const bool aligns = row.mask == Mask::k_local && row.score == Score::k_modified;
+    const bool covers = (aligns || !needs_alignment(problem, options)) && row.head_dim >= problem.head_dim() && row.head_dim_v >= problem.head_dim_v() &&
                         row.mask >= mask_of(problem) && row.score >= score_of(problem) &&
                         (!options.block_scales || kind.starts_with("block")) &&
                         (!options.flushes || !kind.ends_with("_unflushed"));
@@ -57,10 +64,11 @@ std::vector<std::string> reasons_against(const Fp8Backend& backend, const FwdPro
       reasons.push_back(std::string("no FP8 kernel has ") + name + " " + std::to_string(dim) + ": it must be a multiple of 16");
     }
   }
-  if (options.block_scales && problem.num_parts > 0 && !options.whole_blocks) {
-    reasons.push_back("no FP8 kernel has block scales with split_boundaries that are not multiples of 64");
+  if (backend.arch != 90 && needs_alignment(problem, options)) {
+    reasons.push_back(problem.leftpad
+                          ? "no FP8 kernel of this backend has block scales with leftpad"
+                          : "no FP8 kernel of this backend has block scales with split_boundaries that are not multiples of 64");
   }
-  if (options.block_scales && problem.leftpad) reasons.push_back("no FP8 kernel has block scales with leftpad");
   if (reasons.empty() && !kernel_sizes_fit(problem)) {
     reasons.push_back("batch * num_heads * seqlen is beyond the kernels' 32-bit tile numbers");
   }

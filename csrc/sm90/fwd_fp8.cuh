@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "common/fp8_layout.cuh"
 #include "common/fp8_params.h"
@@ -24,15 +25,13 @@
 #include "host/tma.h"
 #include "sm90/barriers.h"
 #include "sm90/copies.cuh"
+#include "sm90/fp8_scales.cuh"
 #include "sm90/items.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/primitives.cuh"
 #include "sm90/wgmma_fp8.cuh"
 
 namespace flash_ext::sm90::fp8 {
-
-constexpr int kRowsPerScale = 64;
-static_assert(kRowsPerScale == kRowsPerWarpgroup, "a warpgroup's queries share a scale");
 
 // Where P V is summed up. Flushed: in the tensor cores within a tile, across tiles in float32 registers.
 struct Flushed {
@@ -42,54 +41,14 @@ struct Unflushed {
   static constexpr bool kFlushes = false;
 };
 
-// One scale for a head's keys and values, or one for every 64 of them.
-struct HeadScales {
-  static constexpr bool kPerBlock = false;
-};
-struct BlockScales {
-  static constexpr bool kPerBlock = true;
-};
-
 // Keys of a tile; column parts of P V that are computed one after the other; whether S of the next tile is computed along
 // with P V. Registers decide: S, P, and O once or, flushed, twice; modified scores need more of them.
 template <int kHeadDim, class Score, class Sums>
 struct Tile {
   static constexpr bool kFlushes = Sums::kFlushes, kScored = Score::kModifies;
-  static constexpr int kParts = kFlushes && kHeadDim > 192 ? (kScored ? 4 : 2) : 1;
+  static constexpr int kParts = !kFlushes || kHeadDim <= 128 ? 1 : kHeadDim > 192 ? (kScored ? 4 : 2) : kScored ? 2 : 1;
   static constexpr bool kOverlaps = !kFlushes || (kHeadDim < 192 && !kScored);
   static constexpr int kBlockN = kHeadDim > 128 ? (kScored ? 64 : 128) : !kFlushes ? 224 : kHeadDim == 64 ? 192 : 128;
-};
-
-// The scales of one head of a sequence. kBlocks: there may be one for each 64 rows.
-template <bool kBlocks>
-struct SequenceScale {
-  const float* first;  // null: 1
-  int last;            // block of 64 rows that exists
-  int step;
-
-  // Of a head of q.
-  __device__ __forceinline__ SequenceScale(const Descale& descale, const SeqlenParams& seqlens, const QueryTile& queries,
-                                           int head)
-      : SequenceScale(descale, seqlens, queries.index, head, queries.sequence.q.num_rows, 0) {}
-  // Of the tile's head of k or v. Parts of the keys begin with a block where there is more than one.
-  __device__ __forceinline__ SequenceScale(const Descale& descale, const FwdParams& params, const QueryTile& queries)
-      : SequenceScale(descale, params.seqlens_k, queries.index, queries.head_kv, queries.sequence.k.num_rows,
-                      params.num_splits > 1 ? params.split_boundaries[queries.part] / kRowsPerScale : 0) {}
-
-  __device__ __forceinline__ float at(int block) const {
-    return first == nullptr ? 1.f : __ldg(first + (kBlocks ? min_of(block, last) * step : 0));
-  }
-
- private:
-  __device__ __forceinline__ SequenceScale(const Descale& descale, const SeqlenParams& seqlens, int sequence, int head,
-                                           int num_rows, int first_block)
-      : first(descale.data), last(max_of(0, num_rows - 1) / kRowsPerScale), step(kBlocks ? descale.block_step : 0) {
-    if (first == nullptr) return;
-    // Blocks of packed sequences stand on their line of slots.
-    const bool on_slots = step != 0 && seqlens.cu_seqlens != nullptr;
-    first += (on_slots ? first_slot(seqlens, sequence, kRowsPerScale) : sequence * descale.batch_stride) +
-             head / descale.heads_per_scale * descale.head_stride + first_block * step;
-  }
 };
 
 // Four neighbouring columns of a finished row.
@@ -132,10 +91,11 @@ struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
   using Score = Score_;
   using Tiles = RangeTiles<Mask>;
   using Params = FwdFp8Params;
-  using Work = ScheduledWork;
+  using Work = std::conditional_t<Scales_::kPerBlock && Score::kModifies, AlignedWork, ScheduledWork>;
+  static constexpr bool kAlignsKeys = std::is_same_v<Work, AlignedWork>;
   using Producer = Fp8TmaProducer;
   using Output = Fp8DenseOutput;
-  using KeyScale = SequenceScale<Scales_::kPerBlock>;
+  using KeyScale = SequenceScale<Scales_, Work>;
   using Shape = Tile<kHeadDim_, Score_, Sums_>;
   static constexpr int kHeadDim = kHeadDim_;  // the largest of head_dim and head_dim_v: TMA fills other columns with zeros
   static constexpr int kBlockM = 128;
@@ -143,8 +103,8 @@ struct FwdFp8Config : Tile<kHeadDim_, Score_, Sums_>, Scales_ {
   static constexpr int kNumThreads = (1 + kNumConsumers) * kThreadsPerWarpgroup;
   static constexpr int kMinBlocksPerSm = 1;
   static constexpr bool kMovesRegisters = true;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kRowScales = 1;  // of q, among a thread's two rows
+  static constexpr int kProducerRegisters = kAlignsKeys ? 40 : 24, kConsumerRegisters = kAlignsKeys ? 232 : 240;
+  static constexpr int kRowScales = kAlignsKeys ? 2 : 1;  // of q, among a thread's two rows
   static constexpr int kStages = 2;
   static constexpr int kTileRowBytes = num_byte_slabs(kHeadDim) * kSlabBytes;
   static constexpr int kQueryTileBytes = kBlockM * kTileRowBytes;
@@ -210,19 +170,34 @@ __device__ __forceinline__ void Fp8TmaProducer::run(const FwdFp8Params& params, 
 }
 
 // V (keys x columns) to its transposed tile: this warp's share of the units of 32 keys and 16 columns.
+// hidden: so many of the first keys, 0 to 63, become zeros, whatever stands there.
 template <class Config>
-__device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp, int lane) {
-  constexpr int kColumnUnits = Config::kHeadDim / 16;
-#pragma unroll 1
-  for (int unit = warp; unit < kColumnUnits; unit += kTransposingWarps) {
-    const uint32_t source = from + transpose_read_offset(Config::kBlockN, 0, unit, lane);
+__device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp, int lane, int hidden) {
+  constexpr int kColumnUnits = Config::kHeadDim / 16, kUnits = ceil_div(kColumnUnits, kTransposingWarps);
+  // Tiles begin with a swizzle period: a unit of columns flips bits of the address that is read, a unit of keys of the one that is
+  // written, and all else is an instruction's constant.
+  const uint32_t source = from + transpose_read_offset(Config::kBlockN, 0, 0, lane);
+  const uint32_t target = to + transpose_write_offset(Config::kHeadDim, 0, warp, lane);
+#pragma unroll
+  for (int n = 0; n < kUnits; ++n) {
+    const int unit = warp + n * kTransposingWarps;
+    if ((n + 1) * kTransposingWarps > kColumnUnits && unit >= kColumnUnits) break;
+    const uint32_t column = (source ^ (unit % 8 << 4)) + unit / 8 * (Config::kBlockN * kSlabBytes);
 #pragma unroll
     for (int key_unit = 0; key_unit < Config::kBlockN / 32; ++key_unit) {
       uint32_t pairs[4];  // of columns: keys 2 q, 2 q + 1 of each eight
-      ldmatrix_transposed(pairs, source + key_unit * 32 * kSlabBytes);
+      ldmatrix_transposed(pairs, column + key_unit * 32 * kSlabBytes);
+      if (Config::kAlignsKeys && key_unit < kRowsPerScale / 32 && hidden > 0) {
+#pragma unroll
+        for (int eight = 0; eight < 4; ++eight) {
+          const int key = key_unit * 32 + 8 * eight + 2 * (lane % 4);
+          pairs[eight] &= (key < hidden ? 0 : 0xffffu) | (key + 1 < hidden ? 0 : 0xffff0000u);
+        }
+      }
       const uint32_t columns[4] = {__byte_perm(pairs[0], pairs[1], 0x6420), __byte_perm(pairs[0], pairs[1], 0x7531),
                                    __byte_perm(pairs[2], pairs[3], 0x6420), __byte_perm(pairs[2], pairs[3], 0x7531)};
-      stmatrix(to + transpose_write_offset(Config::kHeadDim, key_unit, unit, lane), columns);
+      constexpr int kRowsApart = 16 * kTransposingWarps;
+      stmatrix((target ^ (key_unit % 4 << 5)) + (key_unit / 4 * Config::kHeadDim + n * kRowsApart) * kSlabBytes, columns);
     }
   }
 }
@@ -231,12 +206,14 @@ template <class Config>
 __device__ __forceinline__ void transpose(const typename Config::Params& params, SharedStorage<Config>& shared, int warp) {
   const int lane = threadIdx.x % 32;
   RingState<Config::kStages> state;  // copies and transposed tiles have as many stages
-  for_each_item<Config>(params, lane, [&](const QueryTile&, const KeyTiles& tiles) {
+  for_each_item<Config>(params, lane, [&](const QueryTile& queries, const KeyTiles& tiles) {
+    int padding = 0;
+    if constexpr (Config::kAlignsKeys) padding = Config::Work::hidden_keys(params, queries);
     for (int i = 0; i < tiles.num_tiles; ++i) {
       shared.v_ring.wait_full(state);
       mbarrier_wait(&shared.transposed_empty[state.stage], state.phase ^ 1);
       transpose_values<Config>(shared_address(shared.v[state.stage]), shared_address(shared.v_transposed[state.stage]), warp,
-                               lane);
+                               lane, tiles.n_block(i) == 0 ? padding : 0);
       fence_async_proxy();  // each lane its own stores, before wgmma reads them
       __syncwarp();
       mbarrier_arrive_if(&shared.transposed_full[state.stage], lane == 0);
@@ -348,14 +325,19 @@ __device__ __forceinline__ void consume(const typename Config::Params& params, S
                       {queries.existing_head(rows[0]), queries.existing_head(rows[1])});
 
     const typename Config::KeyScale k_scales(params.k_descale, params, queries), v_scales(params.v_descale, params, queries);
+    int hidden = 0, padding = 0;
+    if constexpr (Config::kAlignsKeys) {
+      hidden = Config::Work::hidden_keys(params, queries);
+      if (params.q_descale.block_step != 0) padding = rows_before(params.seqlens_q, queries.index, sequence.q.first_row);
+    }
     float q_scale[kRowScales];
 #pragma unroll
     for (int row = 0; row < kRowScales; ++row) {
       // A warpgroup's queries share a scale, or each row has its own.
       const int first = kRowScales == 1 ? warpgroup * kRowsPerWarpgroup : rows[row];
-      const SequenceScale<true> scale(params.q_descale, params.seqlens_q, queries,
-                                      kRowScales == 1 ? queries.head(0) : queries.existing_head(first));
-      const int position = kRowScales == 1 ? queries.first_position + first : queries.position(first);
+      const SequenceScale<BlockScales> scale(params.q_descale, params.seqlens_q, queries,
+                                      kRowScales == 1 ? queries.head(0) : queries.existing_head(first), padding);
+      const int position = padding + (kRowScales == 1 ? queries.first_position + first : queries.position(first));
       q_scale[row] = (Score::kModifies ? 1.f : folded.log2_scale) * scale.at(position / kRowsPerScale);
     }
     float scales[kRowScales][Config::kSegments];  // of q.k; log2 units where the score is plain
@@ -426,6 +408,13 @@ __device__ __forceinline__ void consume(const typename Config::Params& params, S
         score.template modify<Config::kBlockN>(
             acc_s, biases, {queries.position(rows[0]) + from, queries.position(rows[1]) + from}, lane);
         tile.hide(acc_s);
+        if (Config::kAlignsKeys && n_block == 0 && hidden > 0) {
+          const int behind = hidden - acc_first_col(lane);
+#pragma unroll
+          for (int i = 0; i < min_of(kNumAccS, kRowsPerScale / 2); ++i) {
+            if (acc_col_offset(i) < behind) acc_s[i] = -INFINITY;
+          }
+        }
         const float one[1] = {1.f};
         softmax.update(acc_s, one, rescale);
       } else {

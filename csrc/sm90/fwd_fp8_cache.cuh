@@ -107,6 +107,7 @@ struct FwdFp8CacheConfig : Tile<kHeadDim_, Score_, Flushed>, BlockScales {
   static constexpr int kMinBlocksPerSm = 1;
   static constexpr bool kMovesRegisters = false;  // 255 for every thread
   static constexpr int kRowScales = 2;
+  static constexpr bool kAlignsKeys = false;
   static constexpr int kStages = num_cache_stages<kHeadDim, kBlockN>();
   static constexpr int kStagesQ = 1;
   static constexpr bool kStagesInQuery = false;

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulator")]
 
 import mutate  # noqa: E402
 import planted_cache  # noqa: E402
+import planted_fp8  # noqa: E402
 import planted_sm80  # noqa: E402
 from survivor import Survivor  # noqa: E402
 
@@ -509,6 +510,8 @@ def explain(site: mutate.Site, survivors: tuple[Survivor, ...] | None = None) ->
 
 
 def _call_of(kernel: str) -> Callable[[], list[Any]]:
+    if kernel.startswith("fwd_fp8_sm90"):
+        return planted_fp8.fp8_call(kernel)
     if kernel.startswith(("fwd_cache", "fwd_mla")):
         return planted_cache.cache_call(kernel)
     if "_blocks" in kernel:
