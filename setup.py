@@ -29,7 +29,7 @@ import variants  # noqa: E402
 
 NVCC_FLAGS = [
     "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "-Xptxas=-v,-warn-spills,-warn-lmem-usage", "--no-compress",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
 ]  # fmt: skip
 OP_SOURCES = [
     "ops.cpp",
@@ -166,7 +166,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 "nvcc",
                 ninja.folder / "kernels" / f"{unit}.o",
                 [path],
-                quote([*NVCC_FLAGS, *architectures.flags(arch), *includes]),
+                quote([*NVCC_FLAGS, *toolchain.compression_flags(cuda.version), *architectures.flags(arch), *includes]),
             )
             for unit, (arch, path) in kernel_units.items()
         ]

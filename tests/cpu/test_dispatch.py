@@ -4,15 +4,18 @@ library, as machine code that the GPU runs or as PTX that its driver compiles.""
 from __future__ import annotations
 
 import re
+import struct
 from collections import defaultdict
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 
 import flash_ext
 from flash_ext import _host
 
+FATBIN_HEADER = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # magic number, version, bytes of the header
 LIBRARY = Path(flash_ext.__file__).parent / "_C.abi3.so"
 # Compute capability -> shared memory that a CTA may have, KiB (CUDA programming guide, table of technical specifications).
 CAPABILITIES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -21,15 +24,17 @@ DIMS = ((64, 64), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (8, 25
 
 @pytest.fixture(scope="module")
 def ptx_targets() -> dict[str, set[str]]:
-    """Kernel -> the targets of the PTX that the library holds of it (it is built with --no-compress, so PTX is text)."""
+    """Kernel -> the targets of the PTX that the library holds of it."""
     if not LIBRARY.is_file():
         pytest.skip("built without kernels")
     found: dict[str, set[str]] = defaultdict(set)
-    target = ""
-    for match in re.finditer(rb"^\.target (sm_\w+)|^\.visible \.entry (\w+)\(", LIBRARY.read_bytes(), re.MULTILINE):
-        target = match[1].decode() if match[1] else target
-        if match[2]:
-            found[match[2].decode()].add(target)
+    binary = LIBRARY.read_bytes()
+    for image in re.finditer(re.escape(FATBIN_HEADER), binary):
+        (size,) = struct.unpack_from("<Q", binary, image.start() + 8)
+        fatbin = binary[image.start() : image.start() + 16 + size]
+        for kind, target, text in harness.emulator().parse_fatbin(fatbin):
+            for name in re.findall(r"^\.visible \.entry (\w+)\(", text if kind == "ptx" else "", re.MULTILINE):
+                found[name].add(target)
     return found
 
 

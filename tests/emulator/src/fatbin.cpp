@@ -70,7 +70,11 @@ std::string lz4_decompress(std::string_view in, size_t size) {
     const size_t low = byte(), distance = low | static_cast<size_t>(byte()) << 8;
     const size_t match = length(token & 15) + 4;
     if (distance == 0 || distance > out.size() || match > size - out.size()) throw corrupt();
-    for (size_t i = 0; i < match; ++i) out.push_back(out[out.size() - distance]);
+    if (distance >= match) {
+      out.append(out, out.size() - distance, match);
+    } else {  // the match reaches into what it writes
+      for (size_t i = 0; i < match; ++i) out.push_back(out[out.size() - distance]);
+    }
   }
   return out;
 }
