@@ -1,4 +1,6 @@
-"""What decoding, masks, FP8 and the sm80 kernels must reach, judged from a run's own numbers: a row for each case and criterion, pass or fail.
+"""What decoding, masks, FP8 and the sm80 kernels must reach, judged from a run's own numbers.
+
+A row for each case and criterion, pass or fail.
 
 Over caches:
 - share of the copy bandwidth: at least 0.85 where memory is the limit, that is where the ceilings say that the bytes take

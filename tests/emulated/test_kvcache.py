@@ -161,8 +161,9 @@ def test_parts_of_the_keys(lengths: tuple[int, ...], splits: int, schedule) -> N
         cache = torch.zeros(1, 40000, 1, 8, dtype=torch.bfloat16).expand(batch, -1, -1, -1)
         seqlens = torch.tensor(lengths, dtype=torch.int32)
         leftpad = torch.tensor([n // 10 for n in lengths], dtype=torch.int32)
+        split_by = [items, ctas, splits, block_n, window]
         _, got_lengths, part_begin = torch.ops.flash_ext.append_kv(
-            q, cache, cache, None, None, seqlens, None, leftpad, None, None, None, True, True, [items, ctas, splits, block_n, window]
+            q, cache, cache, None, None, seqlens, None, leftpad, None, None, None, True, True, split_by
         )  # fmt: skip
         visible = [n - n // 10 for n in lengths]
         assert got_lengths.tolist() == list(lengths)

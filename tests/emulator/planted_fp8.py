@@ -68,8 +68,7 @@ def fp8_call(kernel: str) -> Callable[[], list[Any]]:
         tensors = tensor(total_q, 2, dim), tensor(total_k, 1, dim), tensor(total_k, 1, dim)
         boundaries = {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k}
         scales = {
-            f"{n}_descale": _scales(kind, t, ends_q if n == "q" else ends_k, generator)
-            for n, t in zip("qkv", tensors, strict=True)
+            f"{n}_descale": _scales(kind, t, ends_q if n == "q" else ends_k, generator) for n, t in zip("qkv", tensors, strict=True)
         }
         calls.append((tensors, {**boundaries, **scales, "sinks": torch.ones(2), **options_of(2, (1, total_k))}))
 
