@@ -28,7 +28,7 @@ def kernels_take(case: Case, scale: str) -> bool:
 CASES_FP8 = {
     case.name: case
     for case in (
-        *(replace(case, rotary="none", rotary_dim=None) for case in CASES.values()),
+        *(replace(case, rotary="none", rotary_dim=None) for case in CASES.values() if not case.shared),
         *(Case("blocks", (200, 1, 77), seqlen_new=2, seqlen_q=2, page_size=p, num_heads=6) for p in (64, 128, 192, 320)),
         Case("blocks", (330, 0, 129), seqlen_q=70, head_dim=128, num_heads=4, num_heads_kv=1),
         Case("blocks", (330, 0, 129), seqlen_q=3, head_dim=256, batch_idx=(2, 0, 3), options={"softcap": 3.0}),
