@@ -334,9 +334,9 @@ def backward_call(kernel: str) -> Callable[[], list[Any]]:
     return call
 
 
-# (num_heads, num_heads_kv, seqlen_q, seqlen_k) under block masks of each head: rings that wrap within and between items, blocks
+# (num_heads, num_heads_kv, seqlen_q, seqlen_k, softmax_scale) under block masks of each head: rings that wrap, blocks
 # that are empty, partial, full and ragged.
-LISTED_SHAPES = ((2, 1, 330, 700), (3, 3, 130, 260), (1, 1, 300, 70))
+LISTED_SHAPES = ((2, 1, 330, 1400, None), (3, 3, 130, 260, None), (1, 1, 300, 70, -0.1))
 
 
 def block_mask_call(kernel: str) -> Callable[[], list[Any]]:
@@ -348,7 +348,7 @@ def block_mask_call(kernel: str) -> Callable[[], list[Any]]:
     dtype, dims, _, scored = _parts(kernel)
     generator = torch.Generator().manual_seed(1)
     calls = []
-    for heads, heads_kv, seqlen_q, seqlen_k in LISTED_SHAPES:
+    for heads, heads_kv, seqlen_q, seqlen_k, scale in LISTED_SHAPES:
         shapes = (
             (seqlen_q, heads, dims[0]),
             (seqlen_k, heads_kv, dims[0]),
@@ -357,11 +357,11 @@ def block_mask_call(kernel: str) -> Callable[[], list[Any]]:
         )
         q, k, v, dout = (torch.randn(1, *shape, generator=generator).to(dtype) for shape in shapes)
         keep = torch.rand(1, heads, seqlen_q, seqlen_k, generator=generator) < 0.4
-        keep[..., :128, 128:256] = True  # a full block before and behind partial ones
+        keep[..., :256, 128:512] = True  # full blocks in a row, between partial ones
         keep[:, -1, 128:256, :128] = False  # an empty one
         keep[..., 3, :] = False
         mask = flash_ext.create_block_mask(keep, *keep.shape)
-        options = options_of("full", scored, heads, (1, heads_kv, seqlen_k)) | {"block_mask": mask}
+        options = options_of("full", scored, heads, (1, heads_kv, seqlen_k)) | {"block_mask": mask, "softmax_scale": scale}
         with torch.no_grad():
             out, lse = flash_ext.attention(q, k, v, **options, return_lse=True, backend="reference")
         calls.append((dout, q, k, v, out, lse, mask, options))
@@ -374,7 +374,7 @@ def block_mask_call(kernel: str) -> Callable[[], list[Any]]:
         gradients = []
         for deterministic, (dout, q, k, v, out, lse, mask, options) in [*((True, c) for c in calls), (False, calls[-1])]:
             scores = [options.get(name) for name in ("sinks", "alibi_slopes", "k_bias")]
-            numbers = (q.shape[-1] ** -0.5, options.get("softcap", 0.0), deterministic, 7, None)
+            numbers = (options["softmax_scale"] or q.shape[-1] ** -0.5, options.get("softcap", 0.0), deterministic, 7, None)
             results = torch.ops.flash_ext.bwd_block_mask(dout, None, q, k, v, out, lse, *mask.tensors(), *scores, *numbers)
             gradients += [gradient.view(torch.int16) for gradient in results[:3]]
         return gradients
