@@ -41,7 +41,10 @@ def last_group(head_dim: int, kind: dict, dtype: torch.dtype, of: str) -> list[t
     def made(side: str, sign: int, num_heads: int) -> torch.Tensor:
         values = torch.full((total[side], 1, head_dim), torch.nan, dtype=dtype)
         values[: rows[side]] = sign * torch.rand(rows[side], 1, head_dim, generator=generator).to(dtype)
-        return values.expand(-1, num_heads, -1).requires_grad_(of == "gradients")
+        values = values.expand(-1, num_heads, -1)
+        if of == "out" and side == "q":
+            values = values.contiguous()  # expanded heads would not share a tile
+        return values.requires_grad_(of == "gradients")
 
     q, k, v = made("q", -1, heads), made("k", 1, heads_kv), made("k", 1, heads_kv)
     options = {name: value for name, value in kind.items() if name in ("causal", "window_size", "softcap")}
