@@ -178,7 +178,7 @@ __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int
   // written, and all else is an instruction's constant.
   const uint32_t source = from + transpose_read_offset(Config::kBlockN, 0, 0, lane);
   const uint32_t target = to + transpose_write_offset(Config::kHeadDim, 0, warp, lane);
-#pragma unroll
+#pragma unroll (Config::kPerBlock && kUnits > 4 ? 1 : kUnits)  // there the transposing warps are short of registers
   for (int n = 0; n < kUnits; ++n) {
     const int unit = warp + n * kTransposingWarps;
     if ((n + 1) * kTransposingWarps > kColumnUnits && unit >= kColumnUnits) break;

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 
 import flash_ext
 from flash_ext import _host
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulator"))
+
+import harness
 
 FATBIN_HEADER = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # magic number, version, bytes of the header
 LIBRARY = Path(flash_ext.__file__).parent / "_C.abi3.so"
