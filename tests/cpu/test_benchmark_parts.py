@@ -630,7 +630,7 @@ def test_peers_say_what_they_do_not_cover() -> None:
         with pytest.raises(registry.NotCovered, match=words):
             known[name].bind(case, "cpu")
     ours = [name for name, each in known.items() if not each.peer]
-    assert ours == ["flash_ext", "flash_ext_unflushed", "flash_ext_block", "reference"]
+    assert ours == ["flash_ext", "flash_ext_sm80", "flash_ext_unflushed", "flash_ext_block", "reference"]
 
 
 # --- the backward is timed the same way for all ---

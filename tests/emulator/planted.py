@@ -166,7 +166,7 @@ SURVIVORS = (
         "wgmma_fence();",
         "the fence of dQ comes just before: no instruction touches dK or dS between the two",
         "bwd",
-        after="kQuery + q_state.stage * kQueryStage;",
+        after="const auto issue_dk = [&] {",
     ),
     Survivor("drop_commit", "issue_dv();", "dV then belongs to the group of dQ, which is waited for at the same place", "bwd"),
     Survivor("drop_warp_sync", "hand_over_dq();", "the emulator runs the lanes' proxy fences together", "bwd"),
@@ -185,7 +185,7 @@ SURVIVORS = (
     ),
     Survivor(
         "skip_wait",
-        "shared.dout_ring.begin_fill",
+        "begin_fill<Config>(shared.dout_ring",
         "Q and dO have as many stages and are released together: the wait for Q's stage implies that for dO's",
         "bwd",
     ),
@@ -222,18 +222,6 @@ SURVIVORS = (
         "the same, of an item without keys",
         "fwd_cache fwd_mla",
         after="shared.q_ring.begin_fill(q_state, 0);",
-    ),
-    Survivor(
-        "drop_warp_sync",
-        "the tile may lie in shared memory",
-        "the emulator's lanes converge behind the loop; on a GPU lane 0 might put the next item where others read this one",
-        "fwd_cache",
-    ),
-    Survivor(
-        "wrong_barrier",
-        "shared.v_ring.wait_full(v_state);",
-        "of the next stage: gathered tiles are signalled in their order, so that it implies the one waited for",
-        "fwd_cache_gather",
     ),
     Survivor(
         "mask_edge",
