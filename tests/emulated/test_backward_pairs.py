@@ -24,7 +24,8 @@ pytestmark = [
 
 DIMS = (128, 256)
 # Rings that wrap, several query heads a KV head; odd ends; one tile of keys, whose partner has none; an odd number of tiles;
-# packed sequences, empty ones too; parts of the keys; tiles of keys that no query sees; columns beyond the head dimension.
+# packed sequences, empty ones too; parts of the keys; tiles of keys that no query sees; columns beyond the head dimension;
+# rows that sequences do not show.
 CASES = tuple(
     case
     for d in DIMS
@@ -39,6 +40,13 @@ CASES = tuple(
         Case("unseen", 60, 300, batch=1, **fields),
         Case("zero_fill", 150, 140, batch=1, num_heads_kv=1, **{**fields, "head_dim": d - 16}, layout="padded"),
     )
+) + tuple(
+    cases.packed(
+        "pairs_shown", ((140, 300), (0, 9), (230, 130), (7, 0)), num_heads=2, num_heads_kv=1, head_dim=d, causal=causal,
+        seqused_q=(120, 0, 200, 5), seqused_k=(290, 5, 100, 0), leftpad_q=(10, 0, 3, 0), leftpad_k=(20, 0, 9, 0),
+    )
+    for d in DIMS
+    for causal in (False, True)
 )  # fmt: skip
 
 
