@@ -31,7 +31,7 @@ demo: $(VENV)/requirements-installed
 emulator: install
 	$(VENV)/bin/python tests/emulator/build.py --out build/emulator --extension
 
-EMULATED_SM89 = tests/emulated/test_forward_fp8.py tests/emulated/test_quantize.py
+EMULATED_SM89 = $(addprefix tests/emulated/,test_forward_fp8.py test_planted.py test_quantize.py)
 test: $(VENV)/requirements-installed
 	$(PIP) install --quiet --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python tests/emulator/build.py --out build/emulator --extension

@@ -484,7 +484,9 @@ def runs_in(kernels: str, kernel: str) -> bool:
 
 
 def survivors_of(kernel: str) -> tuple[Survivor, ...]:
-    return planted_sm80.SURVIVORS if "_sm80_" in kernel else SURVIVORS
+    """All of the GPU's kernels."""
+    gpu = re.search(r"_(sm\d+)_", kernel)[1]
+    return {"sm80": planted_sm80.SURVIVORS, "sm89": (), "sm90": (*SURVIVORS, *planted_fp8.SURVIVORS)}[gpu]
 
 
 def explain(site: mutate.Site, survivors: tuple[Survivor, ...] | None = None) -> Survivor | None:
@@ -498,7 +500,7 @@ def explain(site: mutate.Site, survivors: tuple[Survivor, ...] | None = None) ->
 
 
 def _call_of(kernel: str) -> Callable[[], list[Any]]:
-    if kernel.startswith("fwd_fp8_sm90"):
+    if kernel.startswith(("fwd_fp8_sm90", "fwd_fp8_sm89")):
         return planted_fp8.fp8_call(kernel)
     if kernel.startswith(("fwd_cache", "fwd_mla")):
         return planted_cache.cache_call(kernel)

@@ -1,9 +1,11 @@
-"""Calls that launch an FP8 forward, for planted.py: shapes that wrap the rings of K, V and transposed V."""
+"""Planted bugs in the FP8 forwards: calls that wrap the rings of K, V and transposed V, and the edits that change nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from survivor import Survivor
 
 # (num_heads, num_heads_kv, seqlen_q, seqlen_k, softmax_scale), as planted.SHAPES for tiles of 64 to 224 keys: items of one tile,
 # of several, and of none; a last tile that is full (384 of 192 and 128) or holds a few keys; a negative scale.
@@ -80,3 +82,28 @@ def fp8_call(kernel: str) -> Callable[[], list[Any]]:
         return [part for out, lse in results for part in (out.view(torch.int16), lse.view(torch.int32))]
 
     return call
+
+
+# Of Hopper's rows, beside those of planted.SURVIVORS: nothing survives in the rows for other GPUs.
+SURVIVORS = (
+    Survivor(
+        "drop_wgmma_fence",
+        "issue_output(0);",
+        "in a step, the fence of the scores comes just before: no instruction touches the weights or the sums between the two",
+        "fwd_fp8_sm90",
+        after="issue_scores();",
+    ),
+    Survivor(
+        "skip_wait",
+        "load(shared.v_ring, v_state, shared.v[0], params.v_tma, 0);",
+        "two stages: the wait for the only Q implies that all tiles of V but the last of the item before have been transposed",
+        "fwd_fp8_sm90",
+    ),
+    Survivor(
+        "drop_warp_sync",
+        "__syncwarp();",
+        "the emulator runs the lanes' proxy fences together; formally they need it before lane 0 hands on the transposed tile",
+        "fwd_fp8_sm90",
+        after="each lane its own stores, before wgmma reads them",
+    ),
+)

@@ -1,4 +1,4 @@
-"""Why an edit of mutate.py that nothing catches changes nothing: the form of planted.SURVIVORS and planted_sm80.SURVIVORS."""
+"""Why an edit of mutate.py that nothing catches changes nothing: the form of every SURVIVORS."""
 
 from __future__ import annotations
 
