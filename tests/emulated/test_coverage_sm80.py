@@ -20,33 +20,36 @@ from flash_ext import _emulator, _host, env
 pytestmark = pytest.mark.skipif(env.EMULATE != "sm80", reason="the rows of GPUs without wgmma")
 TWO_BYTES = (torch.bfloat16, torch.float16)
 DEVICES = (80, 86)  # 163 KB of shared memory a CTA, and 99 KB
-DIMS = (64, 128, 192, 256)
+DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+WITH_BACKWARD = (64, 128, 256)  # the other backwards run on these rows
 DENSE = tuple(
     case
     for case in (*forward_cases.LONG, *forward_cases.ROWS, *forward_cases.BEYOND_CAUSAL)
-    if case.head_dim in DIMS and case.head_dim == (case.head_dim_v or case.head_dim)
+    if (case.head_dim, case.head_dim_v or case.head_dim) in DIMS
 )
 BUDGET = 12 << 20  # bytes: two heads of this size fit the L2 budget of common/scheduler.cuh (32 MB), the third stands alone
 
 
-def last_group(head_dim: int, kind: dict, dtype: torch.dtype, of: str) -> list[torch.Tensor]:
+def last_group(head_dim: int, head_dim_v: int, kind: dict, dtype: torch.dtype, of: str) -> list[torch.Tensor]:
     """The results of one packed sequence at the beginning of tensors too large for the L2: heads go in groups of two and one.
 
     of: 'out' or 'gradients', whose groups depend on the rows of k, or of q. Heads share memory; every score is below zero.
     """
     heads, heads_kv, rows = 6, 3, {"q": 17, "k": 40}
-    total = {"q": rows["q"], "k": BUDGET // (4 * head_dim)} if of == "out" else {"q": BUDGET // (16 * head_dim), "k": 40}
+    total = (
+        {"q": rows["q"], "k": BUDGET // (2 * (head_dim + head_dim_v))} if of == "out" else {"q": BUDGET // (16 * head_dim), "k": 40}
+    )
     generator = torch.Generator().manual_seed(head_dim)
 
-    def made(side: str, sign: int, num_heads: int) -> torch.Tensor:
-        values = torch.full((total[side], 1, head_dim), torch.nan, dtype=dtype)
-        values[: rows[side]] = sign * torch.rand(rows[side], 1, head_dim, generator=generator).to(dtype)
+    def made(side: str, sign: int, num_heads: int, dim: int = head_dim) -> torch.Tensor:
+        values = torch.full((total[side], 1, dim), torch.nan, dtype=dtype)
+        values[: rows[side]] = sign * torch.rand(rows[side], 1, dim, generator=generator).to(dtype)
         values = values.expand(-1, num_heads, -1)
         if of == "out" and side == "q":
             values = values.contiguous()  # expanded heads would not share a tile
         return values.requires_grad_(of == "gradients")
 
-    q, k, v = made("q", -1, heads), made("k", 1, heads_kv), made("k", 1, heads_kv)
+    q, k, v = made("q", -1, heads), made("k", 1, heads_kv), made("k", 1, heads_kv, head_dim_v)
     options = {name: value for name, value in kind.items() if name in ("causal", "window_size", "softcap")}
     if "alibi" in kind:
         options |= {"alibi_slopes": torch.rand(heads, generator=generator), "k_bias": -torch.rand(heads_kv, total["k"])}
@@ -77,18 +80,18 @@ def test_heads_beyond_the_cache_budget(schedule) -> None:
 def run_dense(dtype: torch.dtype) -> None:
     for n, case in enumerate(DENSE):
         tensors = cases.build(case, "cpu", dtype)
-        if case.head_dim != 192:  # whose backward runs on the row of 256
+        if case.head_dim in WITH_BACKWARD:
             cases.run(case, tensors, backend="sm80", deterministic=n % 2 == 0)
         else:
             cases.call(case, tensors, backend="sm80")
 
 
 def run_last_groups(dtype: torch.dtype) -> None:
-    for head_dim in DIMS:
+    for head_dim, head_dim_v in DIMS:
         for kind in forward_cases.KINDS:
-            last_group(head_dim, kind, dtype, "out")
-            if head_dim != 192:
-                last_group(head_dim, kind, dtype, "gradients")
+            last_group(head_dim, head_dim_v, kind, dtype, "out")
+            if head_dim in WITH_BACKWARD:
+                last_group(head_dim, head_dim_v, kind, dtype, "gradients")
 
 
 @pytest.mark.timeout(1500)
