@@ -29,7 +29,8 @@ CACHE_ROWS = (
 )  # fmt: skip
 KERNELS = {
     "sm90": [
-        *(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal", *CACHE_ROWS, "fwd_fp8_sm90_e4m3_d128_causal_head",
+        *(f"fwd_sm90_bf16_{row}" for row in ROWS), "bwd_sm90_bf16_d128_causal", "bwd_sm90_bf16_d128_causal_pair", *CACHE_ROWS,
+        "fwd_fp8_sm90_e4m3_d128_causal_head",
     ],
     "sm89": ["fwd_fp8_sm89_e4m3_d128_causal_head"],
     "sm80": [
