@@ -50,7 +50,7 @@ def unit_source(rows: list[Variant]) -> str:
         lines += [
             "",
             f"using {config} = flash_ext::{row.config};",
-            f'static_assert({tile}, "csrc/variants.py and {kernel.header} disagree");',
+            f'static_assert({tile}, "csrc/rows and {kernel.header} disagree");',
             f'extern "C" __global__ void __launch_bounds__({config}::kNumThreads, {config}::kMinBlocksPerSm)',
             f"    {row.name}(const __grid_constant__ flash_ext::{kernel.params} params) {{",
             f"  flash_ext::{kernel.body}<{config}>(params);",
