@@ -189,7 +189,6 @@ SURVIVORS = (
         "the emulator lets the barrier of the cluster, just behind, order the same; formally TMA's proxy needs the fence",
         "_pair",
     ),
-    Survivor("drop_wgmma_fence", "issue_dk();", "the fence of dV comes before: no instruction touches dK or dS between", "_pair"),
     Survivor("drop_wgmma_fence", "issue_dq_of_pair(0);", "dQ begins a sum of its own, with operands in shared memory", "_pair"),
     Survivor(
         "drop_wgmma_wait raise_wgmma_wait",
